@@ -1,0 +1,331 @@
+"""Joins distillers, their taps and their loss weights for one student and one teacher; shared by every toolbox."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
+
+from kd_dense.context import Context
+from kd_dense.description import Description, Probe
+from kd_dense.distillers.base import Distiller, describe
+from kd_dense.errors import ConfigError, DistillationError
+from kd_dense.loss_weight import LossWeight
+from kd_dense.registry import DISTILLERS, build
+from kd_dense.taps import Taps
+
+
+@dataclass(frozen=True)
+class TapRow:
+    """One line of the tap table: what one distiller takes from both sides."""
+
+    distiller: str
+    role: str
+    student: str
+    teacher: str
+    connector_parameters: int
+    loss_weight: str
+
+
+class Distillers(nn.Module):
+    """The distillers of one run.
+
+    Its parameters are the connectors; its state dict is the distillation state of a checkpoint (connectors, calibrated
+    loss weights, and whatever buffers a method keeps).
+
+    Args:
+        config: name -> ``dict(type=..., loss_weight=..., **arguments)``; the names appear in the log.
+
+    Raises:
+        ConfigError: unknown types or options; the closest names are listed.
+    """
+
+    def __init__(self, config: Mapping[str, Mapping]) -> None:
+        super().__init__()
+        if not isinstance(config, Mapping) or not config:
+            raise ConfigError("distillers: needs at least one entry, such as dict(logits=dict(type='LogitKD'))")
+        self.methods = nn.ModuleDict()
+        self.weights = nn.ModuleDict()
+        for name, cfg in config.items():
+            key = f'distillers.{name}'
+            if not isinstance(cfg, Mapping):
+                raise ConfigError(f"{key}: must be a dict such as dict(type='LogitKD'), not {cfg!r}")
+            if not name.isidentifier() or hasattr(self.methods, name):
+                raise ConfigError(f'{key}: {name!r} can not be used as a name; use letters, digits and underscores')
+            cfg = dict(cfg)
+            weight = cfg.pop('loss_weight', None)
+            with _owner(key):
+                method = build(DISTILLERS, cfg, key)
+            self.methods[name] = method
+            weight = method.default_loss_weight if weight is None else weight
+            self.weights[name] = LossWeight.parse(weight, f'{key}.loss_weight')
+        self._descriptions: dict[str, Description] = {}
+        self._taps: dict[tuple[str, ...], Taps] = {}
+        self.table: list[TapRow] = []
+        self._proved: set[str] = set()
+        self._pending: dict[str, dict[str, Tensor]] = {}
+        self._handles: list = []
+
+    # -- building ------------------------------------------------------------------------------------------------------
+
+    def setup(self, student: Description, teacher: Description, seed: int = 0) -> None:
+        """Resolve the taps, run both models once on a made-up batch, and build the connectors.
+
+        The random state is left as it was, so that a student trains on the same random numbers with and without
+        distillation.
+
+        Args:
+            seed: of the connectors' initialisation.
+
+        Raises:
+            ConfigError: unknown taps, taps that do not fire, or shapes that a method can not bring together.
+        """
+        self._descriptions = {'student': student, 'teacher': teacher}
+        with preserve_random_state():
+            torch.manual_seed(seed)
+            found = {side: self._dry_forward(side) for side in self._descriptions}
+            for name, method in self.methods.items():
+                probes = []
+                for side, (values, canvas) in found.items():
+                    names = {role: getattr(pair, side) for role, pair in method.taps.items()}
+                    shapes = {role: [t.shape for n in ns for t in values[n]] for role, ns in names.items()}
+                    probes.append(Probe(shapes, names, canvas, self._descriptions[side].logits))
+                with _owner(f'distillers.{name}'):
+                    method.setup(*probes)
+                self.table += self._rows(name, method, *probes)
+
+    def _names(self, side: str, methods: Mapping[str, Distiller] | None = None) -> list[str]:
+        methods = self.methods if methods is None else methods
+        names = (n for m in methods.values() for pair in m.taps.values() for n in getattr(pair, side))
+        return list(dict.fromkeys(names))
+
+    def taps(self, side: str, active: Mapping[str, Distiller]) -> Taps:
+        """The taps of the active distillers on one side, ``'student'`` or ``'teacher'``."""
+        key = (side, *active)
+        if key not in self._taps:  # made when first needed: until then the host may have replaced modules (SyncBN, say)
+            description = self._descriptions[side]
+            self._taps[key] = Taps(description.model, self._names(side, active), description.aliases, side)
+        return self._taps[key]
+
+    def _dry_forward(self, side: str) -> tuple[dict[str, list[Tensor]], tuple[int, int]]:
+        """Tap name -> tensors of a made-up batch, and its canvas."""
+        description = self._descriptions[side]
+        model = description.model
+        for name, method in self.methods.items():  # one by one, so that an error names the distiller that asks for it
+            for pair in method.taps.values():
+                self._check_logits(name, getattr(pair, side), description, side)
+                Taps(model, getattr(pair, side), description.aliases, f'distillers.{name}.taps ({side})')
+        modes = {m: m.training for m in model.modules()}
+        model.eval()
+        try:
+            taps = Taps(model, self._names(side), description.aliases, side)
+            with torch.no_grad(), taps.record():
+                canvas = description.run()
+                return taps.take(), canvas
+        except DistillationError as error:
+            raise ConfigError(str(error)) from None
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+
+    @staticmethod
+    def _check_logits(name: str, taps: tuple[str, ...], description: Description, side: str) -> None:
+        wanted = [t for t in taps if t.split(':')[0] in ('logits', 'branch_logits')]
+        if wanted and isinstance(description.logits, str):
+            raise ConfigError(f'distillers.{name}: the {side} has no tap {wanted[0]!r}: {description.logits}')
+
+    def _rows(self, name: str, method: Distiller, student: Probe, teacher: Probe) -> list[TapRow]:
+        parameters = sum(p.numel() for p in method.parameters())
+        rows = []
+        for role in method.taps:
+            rows.append(
+                TapRow(
+                    name,
+                    role,
+                    describe(student, role) if student.names[role] else '-',
+                    describe(teacher, role) if teacher.names[role] else '-',
+                    0 if rows else parameters,
+                    self.weights[name].extra_repr(),
+                )
+            )
+        return rows
+
+    # -- one training step ---------------------------------------------------------------------------------------------
+
+    def active(self, progress: float) -> dict[str, Distiller]:
+        """The distillers whose loss weight is not 0 at ``progress`` (0..1). When there are none the teacher need not run."""
+        return {name: m for name, m in self.methods.items() if self.weights[name].is_active(progress)}
+
+    def forward(
+        self,
+        student: dict[str, list[Tensor]],
+        teacher: dict[str, list[Tensor]],
+        context: Context,
+        task_loss: Callable[[], Tensor],
+    ) -> dict[str, Tensor]:
+        """Weighted losses of the active distillers, named ``distiller.loss``.
+
+        Args:
+            student: tap name -> tensors of the student's training forward. Emptied: a tensor is let go as soon as
+                nothing needs it any more.
+            teacher: the same of the teacher.
+            context: the batch.
+            task_loss: gives the scalar loss of the task; called only while an ``auto`` weight is being calibrated.
+
+        Raises:
+            DistillationError: in the first step of a distiller, a loss that is exactly 0 or not finite, or student taps
+                through which no gradient can flow.
+        """
+        losses: dict[str, Tensor] = {}
+        active = self.active(context.progress)
+        for name in list(active):
+            method = active.pop(name)
+            s, t = (
+                {role: [x for n in getattr(pair, side) for x in values[n]] for role, pair in method.taps.items()}
+                for side, values in (('student', student), ('teacher', teacher))
+            )
+            for side, values in (('student', student), ('teacher', teacher)):
+                for unused in set(values) - set(self._names(side, active)):
+                    del values[unused]
+            unweighted = method(s, t, context)
+            del t
+            if name not in self._proved:
+                self._prove(name, s, unweighted)
+            weight = self.weights[name]
+            if weight.needs_calibration:
+                weight.calibrate(self._calibrated(name, sum(unweighted.values()), s, task_loss()))
+            factor = weight(context.progress)
+            losses.update({f'{name}.{key}': value * factor for key, value in unweighted.items()})
+        student.clear()
+        teacher.clear()
+        return losses
+
+    def idle(self, progress: float) -> Tensor | None:
+        """0, but connected to every parameter that takes no part at ``progress``; ``None`` when all take part.
+
+        Distributed training waits for a gradient of every parameter; this gives those of sleeping distillers one.
+        """
+        active = self.active(progress)
+        parameters = [
+            p for name, m in self.methods.items() if name not in active for p in m.parameters() if p.requires_grad
+        ]
+        return sum(p.sum() for p in parameters) * 0 if parameters else None
+
+    def _calibrated(self, name: str, loss: Tensor, student: dict[str, list[Tensor]], task_loss: Tensor) -> float:
+        key = f'distillers.{name}.loss_weight'
+        at = [_before_clone(x) for tensors in student.values() for x in tensors if x.requires_grad]
+        norms = []
+        for value in (task_loss, loss):
+            grads = torch.autograd.grad(value, at, retain_graph=True, allow_unused=True)
+            squares = [g.detach().double().square().sum() for g in grads if g is not None]
+            norms.append(torch.stack(squares).sum() if squares else loss.new_zeros((), dtype=torch.float64))
+        squared = torch.stack(norms)
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(squared)
+        task, own = squared.sqrt().tolist()
+        if not task > 0:
+            raise DistillationError(
+                f"{key}: 'auto' compares gradients at the student's taps, but the task loss has none there; give a number"
+            )
+        if not 0 < own < float('inf'):
+            raise DistillationError(f"{key}: 'auto' found a gradient norm of {own} for this distiller; give a number")
+        return self.weights[name].share * task / own
+
+    # -- proof of life -------------------------------------------------------------------------------------------------
+
+    def _prove(self, name: str, student: dict[str, list[Tensor]], losses: dict[str, Tensor]) -> None:
+        self._proved.add(name)
+        tapped = [x for tensors in student.values() for x in tensors]
+        if tapped and torch.is_grad_enabled() and not any(x.requires_grad for x in tapped):
+            raise DistillationError(
+                f"distillers.{name}: no gradient would flow through the student's taps; they lie in frozen layers or inside "
+                'activation checkpointing (with_cp), so tap a later module'
+            )
+        for key, value in losses.items():
+            if 'loss' not in key:  # MMEngine would leave it out of the sum
+                raise DistillationError(f"distillers.{name}: calls a loss {key!r}; its name must contain 'loss'")
+            number = float(value.detach())
+            if number == 0 or number != number or number in (float('inf'), -float('inf')):
+                raise DistillationError(
+                    f'distillers.{name}: {key} is {number} in its first step; check the taps, the teacher and the mask'
+                )
+        gradients = self._pending.setdefault(name, {})
+        for parameter_name, parameter in self.methods[name].named_parameters():
+            if parameter.requires_grad:
+
+                def note(p: Tensor, key: str = parameter_name) -> None:
+                    gradients[key] = p.grad.detach().abs().sum()
+
+                gradients[parameter_name] = None
+                self._handles.append(parameter.register_post_accumulate_grad_hook(note))
+
+    def verify_gradients(self) -> None:
+        """After the first backward of each distiller: did every connector get a gradient?
+
+        Costs nothing in later steps.
+
+        Raises:
+            DistillationError: a connector none of whose parameters received a gradient that is not 0.
+        """
+        if not self._pending:
+            return
+        for name, gradients in self._pending.items():
+            connectors: dict[str, bool] = {}
+            for parameter, total in gradients.items():
+                owner = parameter.rpartition('.')[0] or parameter
+                alive = total is not None and float(total) != 0
+                connectors[owner] = connectors.get(owner, False) or alive
+            dead = [owner for owner, alive in connectors.items() if not alive]
+            if dead:
+                raise DistillationError(
+                    f'distillers.{name}: no gradient reached {", ".join(dead)}; it would stay random for the whole training'
+                )
+        self._pending.clear()
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def __getstate__(self) -> dict:
+        # Copies, deep (of an EMA hook, say) or pickled, hold parameters and buffers only: descriptions and taps are
+        # bound to the student and the teacher of the original.
+        return self.__dict__ | {'_descriptions': {}, '_taps': {}, '_pending': {}, '_handles': []}
+
+
+def _before_clone(x: Tensor) -> Tensor | GradientEdge:
+    """Where the gradient at a tap is measured.
+
+    A value that the model overwrites in place is captured as a clone, which the task loss does not depend on.
+    """
+    if x.grad_fn is not None and x.grad_fn.name() == 'CloneBackward0':
+        return GradientEdge(*x.grad_fn.next_functions[0])
+    return x
+
+
+@contextmanager
+def preserve_random_state() -> Iterator[None]:
+    """Whatever is drawn inside, from Python, NumPy or torch, leaves their random states as they were."""
+    states = random.getstate(), np.random.get_state()
+    try:
+        # naming all devices keeps torch from warning that there are several
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+
+
+@contextmanager
+def _owner(key: str) -> Iterator[None]:
+    """Put the config key in front of errors of the code that does not know it."""
+    try:
+        yield
+    except ConfigError as error:
+        text = str(error)
+        raise ConfigError(text if text.startswith(key) else f'{key}: {text}') from None

@@ -1,0 +1,86 @@
+"""Registries of kd_dense (scope ``kd_dense``) and the one function that builds from them."""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from mmengine.registry import HOOKS as MMENGINE_HOOKS
+from mmengine.registry import METRICS as MMENGINE_METRICS
+from mmengine.registry import MODELS as MMENGINE_MODELS
+from mmengine.registry import Registry
+
+from kd_dense.errors import ConfigError, closest
+
+MODELS = Registry('model', parent=MMENGINE_MODELS, scope='kd_dense', locations=['kd_dense.models'])
+METRICS = Registry('metric', parent=MMENGINE_METRICS, scope='kd_dense', locations=['kd_dense.engine.cityscapes'])
+HOOKS = Registry('hook', parent=MMENGINE_HOOKS, scope='kd_dense', locations=['kd_dense.engine'])
+
+# Roots of their own: MMEngine admits one child registry per scope and parent, and these are never built by a host
+# toolbox.
+DISTILLERS = Registry('distiller', scope='kd_dense', locations=['kd_dense.distillers'])
+CONNECTORS = Registry('connector', scope='kd_dense', locations=['kd_dense.connectors'])
+LOSSES = Registry('loss', scope='kd_dense', locations=['kd_dense.losses'])
+
+
+def lookup(registry: Registry, name: str, key: str) -> Any:
+    """The class or function registered as ``name``; ``key`` is the config key named in the error.
+
+    Raises:
+        ConfigError: no such name; the closest registered names are listed.
+    """
+    registry.import_from_location()
+    if not isinstance(name, str):
+        raise ConfigError(f'{key}: must be a name, one of {", ".join(sorted(registry.module_dict))}, not {name!r}')
+    name = name.removeprefix('kd_dense.')
+    found = registry.module_dict.get(name)
+    if found is None:
+        raise ConfigError(f'{key}: unknown {registry.name} {name!r}; {closest(name, registry.module_dict)}')
+    return found
+
+
+def build(registry: Registry, cfg: Mapping | str, key: str, **extra: Any) -> Any:
+    """Build ``dict(type=..., **arguments)`` (or just a type name) from ``registry``.
+
+    Unlike MMEngine's own builder, a wrong type or argument name ends in one sentence that names the config key ``key``.
+
+    Raises:
+        ConfigError: ``type`` missing or unknown, or an argument that the class does not take.
+    """
+    arguments = {'type': cfg} if isinstance(cfg, str) else dict(cfg)
+    if 'type' not in arguments:
+        registry.import_from_location()
+        raise ConfigError(f"{key}: needs type='...', one of {', '.join(sorted(registry.module_dict))}")
+    cls = lookup(registry, arguments.pop('type'), key)
+    check_arguments(cls, arguments, key, exclude=extra)
+    return cls(**arguments, **extra)
+
+
+def check_arguments(cls: Any, arguments: Mapping, key: str, exclude: Mapping = {}) -> None:
+    """Raise :class:`ConfigError` when ``arguments`` has a name that ``cls`` does not take, or lacks a required one."""
+    known = parameters_of(cls)
+    for name in arguments:
+        if name not in known or name in exclude:
+            names = [n for n in known if n not in exclude]
+            raise ConfigError(f'{key}: {cls.__name__} has no option {name!r}; {closest(name, names)}')
+    for name, required in known.items():
+        if required and name not in arguments and name not in exclude:
+            raise ConfigError(f'{key}: {cls.__name__} needs the option {name!r}')
+
+
+def parameters_of(cls: Any) -> dict[str, bool]:
+    """Names of the arguments that ``cls`` (a class or a function) takes -> whether each is required.
+
+    ``**kwargs`` of a constructor are followed up its bases, so that a subclass need not repeat what it hands on.
+    """
+    found: dict[str, bool] = {}
+    for scope in inspect.getmro(cls) if inspect.isclass(cls) else [cls]:
+        function = scope.__dict__.get('__init__') if inspect.isclass(scope) else scope
+        if function is None:
+            continue
+        signature = inspect.signature(function).parameters.values()
+        for p in signature:
+            if p.name != 'self' and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY):
+                found.setdefault(p.name, p.default is p.empty)
+        if not any(p.kind is p.VAR_KEYWORD for p in signature):
+            break
+    return found
