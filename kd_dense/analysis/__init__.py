@@ -1,0 +1,1 @@
+"""Measurements of runs: records, paired comparisons, figures."""

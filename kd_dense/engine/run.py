@@ -1,0 +1,348 @@
+"""Train, evaluate and look at runs from a config: what the tools call."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os.path as osp
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.config import Config
+from mmengine.registry import DATASETS, RUNNERS, VISUALIZERS, init_default_scope
+from mmengine.runner import Runner
+
+from kd_dense import checkpoint as checkpoints
+from kd_dense.analysis.record import RunRecord
+from kd_dense.errors import ConfigError
+from kd_dense.models.build import build_model, model_config, read_config
+
+#: Metric that counts in a comparison, by what the evaluator computes -> key in the validation metrics, factor to percent.
+_METRICS = {
+    'IoUMetric': ('mIoU', 1.0),
+    'CityscapesMetric': ('averageScoreCategories', 100.0),
+    'CocoMetric': ('coco/bbox_mAP', 100.0),
+    'VOCMetric': ('pascal_voc/mAP', 100.0),
+}
+
+
+def load_config(path: str, options: Mapping[str, Any] | None = None) -> Config:
+    """Read a config of any of the three toolboxes and apply ``--cfg-options``.
+
+    Raises:
+        ConfigError: no such file, or it can not be parsed.
+    """
+    cfg = read_config(path, 'CONFIG')
+    if options:
+        cfg.merge_from_dict(dict(options))
+    return cfg
+
+
+def is_yolo(cfg: Config) -> bool:
+    """Does the config name an Ultralytics student instead of an MMEngine model?"""
+    return 'student' in cfg and 'model' not in cfg
+
+
+def is_distillation(cfg: Config) -> bool:
+    """Is the MMEngine model of this config a :class:`~kd_dense.Distillation`?"""
+    return str(cfg.get('model', {}).get('type', '')).rpartition('.')[2] == 'Distillation'
+
+
+def student_alone(cfg: Config) -> Config:
+    """The same config without distillation: the stock model of the student, and no hook of ours that needs more."""
+    cfg = copy.deepcopy(cfg)
+    if is_distillation(cfg):
+        cfg.model = model_config(cfg.model['student'], 'student')
+        scope = cfg.model.pop('_scope_', None)
+        if scope and 'default_scope' not in cfg:
+            cfg.default_scope = scope
+    cfg.custom_hooks = [h for h in cfg.get('custom_hooks') or [] if not _is_type(h, 'DistillationHook')]
+    return cfg
+
+
+def _is_type(hook: Any, name: str) -> bool:
+    return isinstance(hook, Mapping) and str(hook.get('type', '')).rpartition('.')[2] == name
+
+
+def train_any(cfg: Config, work_dir: str, **arguments: Any) -> RunRecord | None:
+    """:func:`train`, or its counterpart for Ultralytics, whichever the config is for."""
+    if is_yolo(cfg):
+        from kd_dense import yolo
+
+        return yolo.train(cfg, work_dir, **arguments)
+    return train(cfg, work_dir, **arguments)
+
+
+def evaluate_any(cfg: Config, checkpoint: str, work_dir: str, **arguments: Any) -> dict[str, float]:
+    """:func:`evaluate`, or its counterpart for Ultralytics, whichever the config is for."""
+    if is_yolo(cfg):
+        from kd_dense import yolo
+
+        return yolo.evaluate(cfg, checkpoint, work_dir, **arguments)
+    return evaluate(cfg, checkpoint, work_dir, **arguments)
+
+
+def train(
+    cfg: Config,
+    work_dir: str,
+    distill: bool = True,
+    seed: int | None = None,
+    resume: bool | str = False,
+    amp: bool = False,
+    auto_scale_lr: bool = False,
+    launcher: str = 'none',
+) -> RunRecord | None:
+    """Train with MMEngine's runner.
+
+    Args:
+        cfg: the config; left as it is.
+        work_dir: where everything is written.
+        distill: ``False``: the student alone, with the same data, schedule and seed.
+        seed: of everything random; ``None``: the config's own.
+        resume: ``True`` or ``'auto'``: go on from the last checkpoint in ``work_dir`` if there is one; a path: from that one.
+        amp: mixed precision, as ``--amp`` of the toolboxes.
+        auto_scale_lr: as ``--auto-scale-lr`` of the toolboxes.
+        launcher: ``'none'``, ``'pytorch'``, ``'slurm'`` or ``'mpi'``.
+
+    Returns:
+        What was written to ``work_dir/record.json``; ``None`` on other processes than the first, or without validation.
+
+    Raises:
+        ConfigError: a config that can not work, a data set or teacher file that is missing.
+    """
+    name = cfg.filename or ''
+    cfg = copy.deepcopy(cfg) if distill else student_alone(cfg)
+    cfg.work_dir, cfg.launcher = work_dir, launcher
+    hooks = list(cfg.get('custom_hooks') or [])
+    if is_distillation(cfg) and not any(_is_type(h, 'DistillationHook') for h in hooks):
+        hooks.append(dict(type='kd_dense.DistillationHook'))
+    if seed is not None:
+        cfg.randomness = dict(cfg.get('randomness') or {}, seed=seed)
+    if not any(_is_type(h, 'RandomStateHook') for h in hooks):
+        hooks.append(dict(type='kd_dense.RandomStateHook'))
+    metric = _metric(cfg)
+    if metric is not None and not any(_is_type(h, 'RecordHook') for h in hooks):
+        hooks.append(
+            dict(
+                type='kd_dense.RecordHook',
+                name='distilled' if is_distillation(cfg) else 'student',
+                seed=(cfg.get('randomness') or {}).get('seed') or 0,
+                toolbox=_toolbox(cfg),
+                metric=metric[0],
+                percent=metric[1],
+                config=name,
+            )
+        )
+    cfg.custom_hooks = hooks
+    if amp:
+        cfg.optim_wrapper.type = 'AmpOptimWrapper'
+        cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
+    if auto_scale_lr:
+        if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
+            raise ConfigError('auto_scale_lr.base_batch_size: --auto-scale-lr needs it in the config')
+        cfg.auto_scale_lr.enable = True
+    if resume:
+        cfg.resume = True
+        cfg.load_from = None if resume in (True, 'auto') else str(resume)
+    check_data(cfg)
+    runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+    runner.train()
+    record = Path(work_dir) / 'record.json'
+    return RunRecord.load(record) if record.is_file() else None
+
+
+def _metric(cfg: Config) -> tuple[str, float] | None:
+    evaluators = cfg.get('val_evaluator') or []
+    for evaluator in evaluators if isinstance(evaluators, (list, tuple)) else [evaluators]:
+        found = _METRICS.get(str(evaluator.get('type', '')).rpartition('.')[2])
+        if found is not None:
+            return found
+    return None
+
+
+def _toolbox(cfg: Config) -> str:
+    scope = cfg.get('default_scope', '')
+    return scope if scope in ('mmseg', 'mmdet') else str(cfg.model.get('_scope_', scope))
+
+
+# -- data ----------------------------------------------------------------------------------------------------------------
+
+
+def check_data(cfg: Config, parts: tuple[str, ...] = ('train_dataloader', 'val_dataloader')) -> None:
+    """Are the folders and annotation files of the data sets there?
+
+    Raises:
+        ConfigError: one is missing; the sentence names the config key and the path.
+    """
+    for part in parts:
+        dataset = (cfg.get(part) or {}).get('dataset')
+        if dataset is not None:
+            _check_dataset(dataset, f'{part}.dataset')
+
+
+def _check_dataset(dataset: Mapping, key: str) -> None:
+    for inner in ('dataset', 'datasets'):
+        wrapped = dataset.get(inner)
+        if wrapped is not None:
+            for i, one in enumerate(wrapped if isinstance(wrapped, (list, tuple)) else [wrapped]):
+                _check_dataset(one, f'{key}.{inner}' + (f'[{i}]' if isinstance(wrapped, (list, tuple)) else ''))
+            return
+    root = dataset.get('data_root') or ''
+    hint = f'; put the data there, or say where it is with --cfg-options {key}.data_root=FOLDER'
+    if root and not osp.isdir(root):
+        raise ConfigError(f'{key}.data_root: there is no folder {root}{hint}')
+    annotations = dataset.get('ann_file')
+    if annotations and not osp.isfile(osp.join(root, annotations)):
+        raise ConfigError(f'{key}.ann_file: there is no file {osp.join(root, annotations)}{hint}')
+    for name, prefix in (dataset.get('data_prefix') or {}).items():
+        if prefix and not osp.isdir(osp.join(root, prefix)):
+            raise ConfigError(f'{key}.data_prefix.{name}: there is no folder {osp.join(root, prefix)}{hint}')
+
+
+# -- evaluation ----------------------------------------------------------------------------------------------------------
+
+
+def evaluate(
+    cfg: Config, checkpoint: str, work_dir: str, official_cityscapes: bool = False, launcher: str = 'none'
+) -> dict[str, float]:
+    """Test a plain student checkpoint with the evaluator of its config.
+
+    Args:
+        cfg: a distillation config, or the stock config of the student.
+        official_cityscapes: also run the evaluation of cityscapesscripts on the same predictions.
+
+    Returns:
+        Metric name -> value, as the toolbox reports them.
+
+    Raises:
+        ConfigError: a checkpoint that is missing or is not that of this student, or missing data.
+    """
+    cfg = student_alone(cfg)
+    cfg.work_dir, cfg.launcher = work_dir, launcher
+    cfg.load_from, cfg.resume = None, False
+    cfg.custom_hooks = [h for h in cfg.custom_hooks if not _is_type(h, 'EMAHook')]  # its average is what the checkpoint holds
+    if cfg.get('test_dataloader') is None:
+        raise ConfigError('test_dataloader: the config has none, so there is nothing to evaluate on')
+    check_data(cfg, ('test_dataloader',))
+    if official_cityscapes:
+        evaluators = cfg.test_evaluator if isinstance(cfg.test_evaluator, list) else [cfg.test_evaluator]
+        folder = osp.join(work_dir, 'cityscapes_predictions')
+        official = dict(type='kd_dense.OfficialCityscapesMetric', output_dir=folder, prefix='cityscapesscripts')
+        cfg.test_evaluator = [*evaluators, official]
+    runner = Runner.from_cfg(cfg)
+    load_student(runner.model, checkpoint)
+    metrics = runner.test()
+    return {k: float(v) for k, v in metrics.items() if isinstance(v, (int, float, np.number))}
+
+
+def load_student(model: torch.nn.Module, checkpoint: str) -> torch.nn.Module:
+    """Load a plain student checkpoint strictly.
+
+    Raises:
+        ConfigError: it does not fit; the first tensors that differ are named.
+    """
+    state = checkpoints.state_dict_of(checkpoints.load(checkpoint))
+    try:
+        (model.module if hasattr(model, 'module') else model).load_state_dict(state, strict=True)
+    except RuntimeError as error:
+        raise ConfigError(f'CHECKPOINT: {checkpoint} is not a checkpoint of the student of this config: {_short(error)}') from None
+    return model
+
+
+def _short(error: Exception, lines: int = 3) -> str:
+    return ' '.join(line.strip() for line in str(error).splitlines()[:lines])[:400]
+
+
+# -- looking at predictions ----------------------------------------------------------------------------------------------
+
+
+def examples(cfg: Config, checkpoint: Mapping[str, str | None], count: int = 4) -> list[dict[str, np.ndarray]]:
+    """Draw ground truth and predictions on images of the validation set.
+
+    Args:
+        checkpoint: ``'student'``, ``'distilled'`` and ``'teacher'`` -> checkpoint; ``None`` for the teacher: the one in the config.
+
+    Returns:
+        Per image: ``input``, ``truth`` and one entry per key of ``checkpoint``, each ``[H, W, 3]`` RGB, uint8.
+    """
+    if is_yolo(cfg):
+        from kd_dense import yolo
+
+        return yolo.examples(cfg, checkpoint, count)
+    scope = _toolbox(cfg)
+    init_default_scope(scope)
+    dataset = DATASETS.build(dict(cfg.val_dataloader.dataset, _scope_=scope))
+    painter = _painter(scope, dataset.metainfo)
+    indices = np.linspace(0, len(dataset) - 1, min(count, len(dataset))).astype(int)
+    batches = [_as_batch(dataset[int(i)]) for i in indices]
+    rows = [{'input': image, 'truth': painter(image, sample, True)} for image, sample in map(_image_and_sample, batches)]
+    for name, path in checkpoint.items():
+        model = _teacher_of(cfg) if name == 'teacher' and path is None else _student_of(cfg, path)
+        for row, batch in zip(rows, batches, strict=True):
+            with torch.no_grad():
+                prediction = model.eval().test_step(copy.deepcopy(batch))[0]
+            row[name] = painter(row['input'], prediction, False)
+    return rows
+
+
+def _student_of(cfg: Config, checkpoint: str) -> torch.nn.Module:
+    return load_student(build_model(dict(student_alone(cfg).model, _scope_=_toolbox(cfg)), 'student'), checkpoint)
+
+
+def _teacher_of(cfg: Config) -> torch.nn.Module:
+    from kd_dense.models.build import build_teacher
+
+    teacher = cfg.model['teacher']
+    config = teacher['config']
+    if isinstance(config, Mapping):
+        config = dict({'_scope_': _toolbox(cfg)}, **config)
+    return build_teacher(config, teacher.get('checkpoint'), tuple(teacher.get('allow', ())), teacher.get('trusted', False))[0]
+
+
+def _as_batch(item: dict) -> dict:
+    return {'inputs': [item['inputs']], 'data_samples': [item['data_samples']]}
+
+
+def _image_and_sample(batch: dict) -> tuple[np.ndarray, Any]:
+    from mmcv import imread
+
+    sample = batch['data_samples'][0]
+    return imread(sample.img_path, channel_order='rgb'), sample
+
+
+def _painter(scope: str, metainfo: Mapping) -> Callable[[np.ndarray, Any, bool], np.ndarray]:
+    logging.getLogger('mmengine').setLevel(logging.WARNING)
+    if scope == 'mmseg':
+        return lambda image, sample, truth: _paint_labels(sample, truth, metainfo)
+    visualizer = VISUALIZERS.build(dict(type='mmdet.DetLocalVisualizer', name='kd_dense_examples', line_width=2))
+    visualizer.dataset_meta = dict(metainfo)
+
+    def paint(image: np.ndarray, sample: Any, truth: bool) -> np.ndarray:
+        sample = sample.detach().cpu() if hasattr(sample, 'detach') else sample
+        if truth:  # ground truth is in the coordinates of the resized image; predictions are in those of the original
+            sample = _rescaled_truth(sample)
+        visualizer.add_datasample('', image, sample, draw_gt=truth, draw_pred=not truth, pred_score_thr=0.3)
+        return visualizer.get_image()
+
+    return paint
+
+
+def _paint_labels(sample: Any, truth: bool, metainfo: Mapping) -> np.ndarray:
+    labels = (sample.gt_sem_seg if truth else sample.pred_sem_seg).data.squeeze(0).cpu().numpy()
+    palette = np.zeros((256, 3), np.uint8)  # ignored pixels are black
+    palette[: len(metainfo['palette'])] = metainfo['palette']
+    return palette[labels]
+
+
+def _rescaled_truth(sample: Any) -> Any:
+    sample = copy.deepcopy(sample)
+    if 'gt_instances' in sample and 'scale_factor' in sample.metainfo:
+        boxes = sample.gt_instances.bboxes
+        boxes = getattr(boxes, 'tensor', boxes)
+        sample.gt_instances.bboxes = boxes / boxes.new_tensor(sample.scale_factor).repeat(2)
+        if 'masks' in sample.gt_instances:
+            del sample.gt_instances.masks
+    return sample

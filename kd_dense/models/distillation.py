@@ -1,0 +1,205 @@
+"""One MMEngine model for MMSegmentation's segmentors and MMDetection's detectors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from mmengine.logging import print_log
+from mmengine.model import BaseModel
+from torch import Tensor, nn
+
+from kd_dense.context import Context
+from kd_dense.distillation import Distillers, preserve_random_state
+from kd_dense.errors import ConfigError, closest
+from kd_dense.models.build import build_model, build_teacher
+from kd_dense.models.describe import describe, is_segmentor, normalization
+from kd_dense.registry import MODELS
+from kd_dense.taps import Taps
+from kd_dense.teacher import Remap, Teacher
+
+_TEACHER_KEYS = ('config', 'checkpoint', 'allow', 'classes', 'scale', 'trusted')
+
+
+@MODELS.register_module()
+class Distillation(BaseModel):
+    """A student that trains with its own loss and those of distillers, next to a frozen teacher.
+
+    To its surroundings it is the student: ``state_dict`` gives and takes the student's plain weights, prediction is the
+    student's, and attributes that it does not have are looked up on the student (hooks that set ``model.bbox_head.use_l1``, say).
+    Only the training forward differs: teacher first, to its deepest tap and only if a distiller is active, then the student's
+    own loss, then the distillers.
+
+    It needs :class:`~kd_dense.engine.DistillationHook` among the ``custom_hooks``: the hook tells it the training progress,
+    stores the distillation state in checkpoints, and checks class lists and gradients.
+
+    Args:
+        student: a config path (local or ``mmseg::...`` / ``mmdet::...``), a model dict, or a built module.
+        teacher: a dict with
+            ``config``: as for ``student``;
+            ``checkpoint``: file (or URL) of its trained weights;
+            ``allow``: prefixes of tensors that may be missing from or left over in the file;
+            ``classes``: student class name -> teacher class name where they differ, or ``'ignore'`` not to compare the lists;
+            ``scale``: size of the teacher's input relative to the student's;
+            ``trusted``: read the file without restrictions on what it may execute.
+            A built module, with its weights loaded, may stand in place of the dict.
+        distillers: name -> ``dict(type=..., loss_weight=..., ...)``.
+        probe_size: ``(H, W)`` of the dry forward that finds the shapes; see :func:`~kd_dense.models.describe.describe`.
+        seed: of the initialisation of the connectors.
+
+    Raises:
+        ConfigError: unknown keys, types or taps, a teacher that is missing or does not fit, shapes that do not go together.
+    """
+
+    def __init__(
+        self,
+        student: str | Mapping | nn.Module,
+        teacher: Mapping | nn.Module,
+        distillers: Mapping[str, Mapping],
+        probe_size: tuple[int, int] | None = None,
+        seed: int = 0,
+        **unknown: Any,
+    ) -> None:
+        if unknown:
+            known = ('student', 'teacher', 'distillers', 'probe_size', 'seed')
+            name = next(iter(unknown))
+            raise ConfigError(f'model: Distillation has no option {name!r}; {closest(name, known)}')
+        teacher = {'config': teacher} if isinstance(teacher, nn.Module) else teacher
+        if not isinstance(teacher, Mapping):
+            raise ConfigError('teacher: must be a dict with the keys config and checkpoint')
+        for name in teacher:
+            if name not in _TEACHER_KEYS:
+                raise ConfigError(f'teacher: has no option {name!r}; {closest(name, _TEACHER_KEYS)}')
+        if 'config' not in teacher:
+            raise ConfigError('teacher.config: is missing; give the config that the teacher was trained with')
+        student = build_model(student, 'student')
+        super().__init__(data_preprocessor=getattr(student, 'data_preprocessor', None))
+        self.student = student
+        with preserve_random_state():
+            model, meta = build_teacher(
+                teacher['config'], teacher.get('checkpoint'), teacher.get('allow', ()), teacher.get('trusted', False)
+            )
+            self.distillers = Distillers(distillers)
+            self.distillers.setup(describe(student, probe_size), describe(model, probe_size), seed)
+        remap = Remap(normalization(student), normalization(model), teacher.get('scale', 1.0))
+        self.teacher = Teacher(model, None if remap.is_identity else remap)
+        self.teacher_meta = meta
+        self.teacher_classes = teacher.get('classes')
+        self.progress: float | None = None
+        self.iteration = self.epoch = 0
+        self._register_load_state_dict_pre_hook(self._plain_to_own)
+        print_log(f'teacher sees {self.teacher.remap or "the same images as the student"}', 'current')
+
+    # -- the student's identity ------------------------------------------------------------------------------------------
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            modules = self.__dict__.get('_modules') or {}
+            if name.startswith('__') or 'student' not in modules:
+                raise
+            return getattr(modules['student'], name)
+
+    def state_dict(self, *args: Any, destination: dict | None = None, prefix: str = '', keep_vars: bool = False) -> dict:
+        """The student's plain state dict: what a checkpoint holds. See :meth:`distillation_state` for the rest."""
+        if args:  # the positional form that torch still accepts
+            destination, prefix, keep_vars = (*args, *(destination, prefix, keep_vars)[len(args) :])
+        return self.student.state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
+
+    def _plain_to_own(self, state_dict: dict, prefix: str, *_: Any) -> None:
+        """Before loading: move the student's plain keys under ``student.``, and keep the rest of this model as it is."""
+        for key in [k for k in state_dict if k.startswith(prefix)]:
+            state_dict[f'{prefix}student.{key[len(prefix) :]}'] = state_dict.pop(key)
+        # Connectors and calibrated weights are no part of a plain student; they arrive by load_distillation_state.
+        for name, module in self.named_children():
+            if name != 'student':
+                module.state_dict(destination=state_dict, prefix=f'{prefix}{name}.')
+
+    def distillation_state(self) -> dict[str, Tensor]:
+        """Connectors, calibrated loss weights and buffers of the distillers: what lies beside the weights in a checkpoint."""
+        return self.distillers.state_dict()
+
+    def load_distillation_state(self, state: Mapping[str, Tensor]) -> None:
+        """Restore :meth:`distillation_state`.
+
+        Raises:
+            ConfigError: it belongs to other distillers.
+        """
+        try:
+            self.distillers.load_state_dict(state)
+        except RuntimeError as error:
+            raise ConfigError(f'distillers: the checkpoint was written with other distillers than this config has: {error}') from error
+
+    def init_weights(self) -> None:
+        """Initialise the student as its own config says; connectors keep their seeded initialisation."""
+        if hasattr(self.student, 'init_weights'):
+            self.student.init_weights()
+
+    def _apply(self, fn: Callable, *args: Any, **kwargs: Any) -> Distillation:
+        super()._apply(fn, *args, **kwargs)
+        if self.__dict__.get('teacher') is not None:
+            self.teacher.follow(fn)
+        return self
+
+    # -- forward ---------------------------------------------------------------------------------------------------------
+
+    def forward(self, inputs: Tensor, data_samples: list | None = None, mode: str = 'tensor') -> Any:
+        """As the student's own forward; with ``mode='loss'`` the distillers' losses are added under ``kd.name.loss``."""
+        if mode != 'loss':
+            return self.student(inputs, data_samples, mode=mode)
+        if self.progress is None:
+            raise ConfigError(
+                "custom_hooks: Distillation needs dict(type='kd_dense.DistillationHook') there to know the training progress"
+            )
+        active = self.distillers.active(self.progress)
+        if not active:
+            return self._with_idle(self.student(inputs, data_samples, mode='loss'))
+        context = self.context(inputs, data_samples)
+        student_taps, teacher_taps = self.distillers.taps('student', active), self.distillers.taps('teacher', active)
+        teacher_values = self.teacher(
+            teacher_taps, inputs, lambda images: self._run_teacher(images, data_samples, teacher_taps), context.image_sizes
+        )
+        with student_taps.record():
+            losses = self.student(inputs, data_samples, mode='loss')
+            student_values = student_taps.take()
+        distilled = self.distillers(student_values, teacher_values, context, lambda: self.parse_losses(losses)[0])
+        return self._with_idle(losses | {f'kd.{name}': value for name, value in distilled.items()})
+
+    def _with_idle(self, losses: dict) -> dict:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            idle = self.distillers.idle(self.progress)
+            if idle is not None:
+                losses['kd.idle_loss'] = idle
+        return losses
+
+    def _run_teacher(self, images: Tensor, data_samples: list, taps: Taps) -> None:
+        model = self.teacher.model
+        if all(path.split('.')[0] in ('backbone', 'neck') for path in taps.paths):
+            model.extract_feat(images)  # no need of a head even in the first forward, which runs to the end
+        else:
+            model(images, data_samples, mode='tensor')
+
+    def context(self, inputs: Tensor, data_samples: list) -> Context:
+        """What the distillers may know about this batch."""
+        canvas = (int(inputs.shape[2]), int(inputs.shape[3]))
+        sizes = [tuple(sample.metainfo.get('img_shape', canvas)[:2]) for sample in data_samples]
+        padded = any(size != canvas for size in sizes)
+        context = Context(
+            canvas,
+            torch.tensor(sizes, device=inputs.device) if padded else None,
+            iteration=self.iteration,
+            epoch=self.epoch,
+            progress=self.progress,
+        )
+        if is_segmentor(self.student):
+            context.label_map = torch.stack([sample.gt_sem_seg.data.squeeze(0) for sample in data_samples])
+            context.ignore_index = getattr(self.student.decode_head, 'ignore_index', 255)
+        else:
+            instances = [sample.gt_instances for sample in data_samples]
+            context.boxes = [getattr(i.bboxes, 'tensor', i.bboxes) for i in instances]
+            context.labels = [i.labels for i in instances]
+            if all('masks' in i for i in instances):
+                context.masks = [i.masks for i in instances]
+        return context
