@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 
 
 class ConfigError(ValueError):
-    """A config that can not work. Its message names the key or file and says what to do; tools print it without a traceback."""
+    """A config that can not work; the message names the key or file and says what to do, and tools print only that."""
 
 
 class DistillationError(RuntimeError):

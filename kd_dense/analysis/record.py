@@ -24,7 +24,7 @@ class RunRecord:
         metric: what ``value`` is, for example ``mIoU``, ``bbox_mAP`` or ``mAP50-95``.
         value: the metric of the last validation, in percent (0..100).
         iterations: training iterations (optimizer's view: batches seen).
-        seconds: wall time of the training loop without validation.
+        seconds: wall time of the training steps, without data loading and validation.
         parameters: parameters of the student.
         extra_parameters: parameters that only training has (connectors); 0 for a student alone.
         checkpoint: file of the final plain student checkpoint.
