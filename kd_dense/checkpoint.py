@@ -29,10 +29,12 @@ import numpy as np
 import torch
 from mmengine.logging import HistoryBuffer, print_log
 
+from kd_dense.errors import ConfigError
+
 MapLocation = str | torch.device | Callable | dict | None
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(ConfigError):
     """A file that cannot be loaded as a checkpoint, or that holds something other than data."""
 
 

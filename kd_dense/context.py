@@ -42,7 +42,7 @@ class Context:
     _masks: dict = field(default_factory=dict, repr=False)
 
     def mask(self, size: tuple[int, int]) -> Tensor | None:
-        """``[B, 1, h, w]`` boolean map of the cells that count, ``size`` being ``(h, w)``; ``None`` when all of them do.
+        """``[B, 1, h, w]`` boolean map of the cells that count, ``size`` being ``(h, w)``; ``None`` when all do.
 
         A cell counts when its centre lies inside the true image and, where a label map is given, when the pixel under
         its centre is not ``ignore_index``.

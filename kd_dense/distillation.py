@@ -160,7 +160,7 @@ class Distillers(nn.Module):
     # -- one training step ---------------------------------------------------------------------------------------------
 
     def active(self, progress: float) -> dict[str, Distiller]:
-        """The distillers whose loss weight is not 0 at ``progress`` (0..1). When there are none the teacher need not run."""
+        """The distillers whose loss weight is not 0 at ``progress`` (0..1). If there are none, no teacher need run."""
         return {name: m for name, m in self.methods.items() if self.weights[name].is_active(progress)}
 
     def forward(
@@ -221,18 +221,14 @@ class Distillers(nn.Module):
     def _calibrated(self, name: str, loss: Tensor, student: dict[str, list[Tensor]], task_loss: Tensor) -> float:
         key = f'distillers.{name}.loss_weight'
         at = [_before_clone(x) for tensors in student.values() for x in tensors if x.requires_grad]
-        norms = []
-        for value in (task_loss, loss):
-            grads = torch.autograd.grad(value, at, retain_graph=True, allow_unused=True)
-            squares = [g.detach().double().square().sum() for g in grads if g is not None]
-            norms.append(torch.stack(squares).sum() if squares else loss.new_zeros((), dtype=torch.float64))
-        squared = torch.stack(norms)
+        squared = torch.stack([_squared_gradient_norm(value, at) for value in (task_loss, loss)])
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(squared)
         task, own = squared.sqrt().tolist()
         if not task > 0:
             raise DistillationError(
-                f"{key}: 'auto' compares gradients at the student's taps, but the task loss has none there; give a number"
+                f"{key}: 'auto' compares gradients at the student's taps, but the task loss has none there; give a "
+                'number'
             )
         if not 0 < own < float('inf'):
             raise DistillationError(f"{key}: 'auto' found a gradient norm of {own} for this distiller; give a number")
@@ -245,8 +241,8 @@ class Distillers(nn.Module):
         tapped = [x for tensors in student.values() for x in tensors]
         if tapped and torch.is_grad_enabled() and not any(x.requires_grad for x in tapped):
             raise DistillationError(
-                f"distillers.{name}: no gradient would flow through the student's taps; they lie in frozen layers or inside "
-                'activation checkpointing (with_cp), so tap a later module'
+                f"distillers.{name}: no gradient would flow through the student's taps; they lie in frozen layers or "
+                'inside activation checkpointing (with_cp), so tap a later module'
             )
         for key, value in losses.items():
             if 'loss' not in key:  # MMEngine would leave it out of the sum
@@ -285,7 +281,8 @@ class Distillers(nn.Module):
             dead = [owner for owner, alive in connectors.items() if not alive]
             if dead:
                 raise DistillationError(
-                    f'distillers.{name}: no gradient reached {", ".join(dead)}; it would stay random for the whole training'
+                    f'distillers.{name}: no gradient reached {", ".join(dead)}; it would stay random for the whole '
+                    'training'
                 )
         self._pending.clear()
         for handle in self._handles:
@@ -296,6 +293,18 @@ class Distillers(nn.Module):
         # Copies, deep (of an EMA hook, say) or pickled, hold parameters and buffers only: descriptions and taps are
         # bound to the student and the teacher of the original.
         return self.__dict__ | {'_descriptions': {}, '_taps': {}, '_pending': {}, '_handles': []}
+
+
+def _squared_gradient_norm(loss: Tensor, at: list[Tensor | GradientEdge]) -> Tensor:
+    """Sum of squares of the gradient of ``loss`` at all of ``at``, in fp64."""
+    # Under AMP the gradients may be fp16 and underflow, so the loss is scaled up as a gradient scaler does.
+    for scale in (2.0**16, 2.0**8, 1.0):
+        grads = torch.autograd.grad(loss * scale, at, retain_graph=True, allow_unused=True)
+        squares = [(g.detach().double() / scale).square().sum() for g in grads if g is not None]
+        total = torch.stack(squares).sum() if squares else loss.new_zeros((), dtype=torch.float64)
+        if total.isfinite():
+            break
+    return total
 
 
 def _before_clone(x: Tensor) -> Tensor | GradientEdge:

@@ -15,8 +15,8 @@ from kd_dense.registry import check_arguments
 class LossWeight(nn.Module):
     """Weight of one distiller as a function of the training progress.
 
-    Written in a config as a number, as ``'auto'``, or as a dict of the arguments below; ``dict(type='auto',
-    share=0.1)`` and ``dict(value='auto', share=0.1)`` are the same.
+    Written in a config as a number, as ``'auto'``, or as a dict of the arguments below;
+    ``dict(type='auto', share=0.1)`` and ``dict(value='auto', share=0.1)`` are the same.
 
     Args:
         value: the weight at full strength, or ``'auto'``: calibrated once, in the first iteration in which the

@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+from mmengine.registry import DATASETS as MMENGINE_DATASETS
 from mmengine.registry import HOOKS as MMENGINE_HOOKS
 from mmengine.registry import METRICS as MMENGINE_METRICS
 from mmengine.registry import MODELS as MMENGINE_MODELS
@@ -12,6 +13,7 @@ from mmengine.registry import Registry
 from kd_dense.errors import ConfigError, closest
 
 MODELS = Registry('model', parent=MMENGINE_MODELS, scope='kd_dense', locations=['kd_dense.models'])
+DATASETS = Registry('dataset', parent=MMENGINE_DATASETS, scope='kd_dense', locations=['kd_dense.data.datasets'])
 METRICS = Registry('metric', parent=MMENGINE_METRICS, scope='kd_dense', locations=['kd_dense.engine.cityscapes'])
 HOOKS = Registry('hook', parent=MMENGINE_HOOKS, scope='kd_dense', locations=['kd_dense.engine'])
 

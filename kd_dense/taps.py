@@ -95,7 +95,7 @@ class Taps:
 
     @contextmanager
     def record(self) -> Iterator[Taps]:
-        """Capture everything that runs inside the ``with`` block; read it with :meth:`take`, once, inside or after it."""
+        """Capture what runs inside the ``with`` block; read it with :meth:`take`, once, in the block or after it."""
         with self._recorder(lambda path: None):
             yield self
 
@@ -121,8 +121,8 @@ class Taps:
         if expected is not None and seen != expected:
             self._records = {}
             raise DistillationError(
-                f'{self.key}: the tapped modules ran {dict(seen)} times in this forward but {dict(expected)} times before; '
-                'tap a module that runs equally often in every forward'
+                f'{self.key}: the tapped modules ran {dict(seen)} times in this forward but {dict(expected)} times '
+                'before; tap a module that runs equally often in every forward'
             )
         self._calls[key] = seen
 
@@ -171,8 +171,8 @@ class Taps:
         for path, captures in records.items():
             if not captures:
                 raise DistillationError(
-                    f'{self.key}: the module {path!r} did not run in this forward; tap one that takes part in training and '
-                    'in the plain forward of the model'
+                    f'{self.key}: the module {path!r} did not run in this forward; tap one that takes part in training '
+                    'and in the plain forward of the model'
                 )
         values = {
             name: [
@@ -190,8 +190,8 @@ class Taps:
             elif changed and not self._overwritten[path]:
                 self._overwritten[path] = True
                 raise DistillationError(
-                    f'{self.key}: the output of {path!r} was overwritten in place in this forward but not in the first one; '
-                    'tap the module before it'
+                    f'{self.key}: the output of {path!r} was overwritten in place in this forward but not in the first '
+                    'one; tap the module before it'
                 )
         return values
 
@@ -218,16 +218,12 @@ def _select(output: Any, keys: tuple[str, ...], name: str, owner: str) -> Any:
         try:
             output = output[int(key)] if isinstance(output, (list, tuple, Tensor)) else output[key]
         except (KeyError, IndexError, ValueError, TypeError):
-            has = (
-                list(output)
-                if isinstance(output, Mapping)
-                else f'{len(output)} items'
-                if hasattr(output, '__len__')
-                else output
-            )
-            raise ConfigError(
-                f'{owner}: tap {name!r}: the output has no {key!r}; it is a {type(output).__name__} of {has}'
-            ) from None
+            kind = type(output).__name__
+            if isinstance(output, Mapping):
+                kind += f' of {list(output)}'
+            elif hasattr(output, '__len__'):
+                kind += f' of {len(output)} items'
+            raise ConfigError(f'{owner}: tap {name!r}: the output has no {key!r}; it is a {kind}') from None
     return output
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -93,6 +93,10 @@ class Normalization:
             raise ConfigError(f"order must be 'rgb' or 'bgr', not {self.order!r}")
 
 
+def _fp32(numbers: Sequence[float]) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.float32)
+
+
 class Remap:
     """Turns images normalised for the student into images normalised for the teacher, of the teacher's size.
 
@@ -111,11 +115,12 @@ class Remap:
         if student is not None and teacher is not None and student != teacher:
             if len(student.mean) != len(teacher.mean):
                 raise ConfigError(
-                    f'teacher: sees {len(teacher.mean)} channels but the student {len(student.mean)}; they must be fed the same image'
+                    f'teacher: sees {len(teacher.mean)} channels but the student {len(student.mean)}; they must be '
+                    'fed the same image'
                 )
             self.flip = student.order != teacher.order and len(student.mean) == 3
-            s_mean, s_std = (torch.tensor(v[::-1] if self.flip else v) for v in (student.mean, student.std))
-            t_mean, t_std = torch.tensor(teacher.mean), torch.tensor(teacher.std)
+            s_mean, s_std = (_fp32(v[::-1] if self.flip else v) for v in (student.mean, student.std))
+            t_mean, t_std = _fp32(teacher.mean), _fp32(teacher.std)
             if not torch.equal(s_mean, t_mean) or not torch.equal(s_std, t_std):
                 self.gain = (s_std / t_std)[None, :, None, None]
                 self.shift = ((s_mean - t_mean) / t_std)[None, :, None, None]
@@ -182,12 +187,11 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str, all
             parts.append(f'{len(unexpected)} of its tensors are not in the model ({_first(unexpected)})')
         if reshaped:
             first = reshaped[0]
-            parts.append(
-                f'{len(reshaped)} have another shape ({first}: {list(state[first].shape)} in the file, {list(own[first].shape)} in the model)'
-            )
+            theirs, ours = list(state[first].shape), list(own[first].shape)
+            parts.append(f'{len(reshaped)} have another shape ({first}: {theirs} in the file, {ours} in the model)')
         raise ConfigError(
-            f'teacher.checkpoint: {source} does not fit the teacher config: {"; ".join(parts)}. Give the config that it was '
-            "trained with, or name prefixes that may differ in teacher=dict(allow=['prefix.'])"
+            f'teacher.checkpoint: {source} does not fit the teacher config: {"; ".join(parts)}. Give the config that '
+            "it was trained with, or name prefixes that may differ in teacher=dict(allow=['prefix.'])"
         )
     loadable = {k: v for k, v in state.items() if k in own and own[k].shape == v.shape}
     if own and not loadable:
@@ -198,7 +202,8 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str, all
     parameters = dict(model.named_parameters())
     total = sum(p.numel() for p in parameters.values())
     loaded = sum(p.numel() for n, p in parameters.items() if n in loadable)
-    report = f'teacher: {len(loadable)}/{len(own)} tensors, {loaded / 1e6:.1f} M of {total / 1e6:.1f} M parameters from {source}'
+    millions = f'{loaded / 1e6:.1f} M of {total / 1e6:.1f} M parameters'
+    report = f'teacher: {len(loadable)}/{len(own)} tensors, {millions} from {source}'
     logger.info(report)
     return report
 
@@ -232,14 +237,14 @@ def match_classes(
     if sorted(renamed) == sorted(teacher):
         first = next(i for i, (a, b) in enumerate(zip(renamed, teacher)) if a != b)
         raise ConfigError(
-            f'teacher: has the same classes as the student but in another order (class {first} is {teacher[first]!r} for the '
-            f'teacher and {student[first]!r} for the student); train both on the same class list'
+            f'teacher: has the same classes as the student but in another order (class {first} is {teacher[first]!r} '
+            f'for the teacher and {student[first]!r} for the student); train both on the same class list'
         )
     lacking = [n for n in renamed if n not in teacher]
     extra = [n for n in teacher if n not in renamed]
     hint = f' ({closest(lacking[0], teacher)})' if lacking and teacher else ''
     raise ConfigError(
         f"teacher: its classes differ from the student's: {len(teacher)} against {len(student)}; the teacher lacks "
-        f'{_first(lacking) or "none"}{hint} and adds {_first(extra) or "none"}. Use a teacher of the same classes, or map names '
-        "with teacher=dict(classes={'student name': 'teacher name'})"
+        f'{_first(lacking) or "none"}{hint} and adds {_first(extra) or "none"}. Use a teacher of the same classes, or '
+        "map names with teacher=dict(classes={'student name': 'teacher name'})"
     )

@@ -81,6 +81,7 @@ def assert_same(loaded):
 
 @pytest.mark.parametrize('new_format', [True, False], ids=['zip', 'legacy'])
 @pytest.mark.parametrize('protocol', [2, 4, 5])
+@pytest.mark.filterwarnings('ignore:Sparse invariant checks')
 def test_everything_a_training_checkpoint_holds_round_trips(tmp_path, new_format, protocol):
     path = tmp_path / 'a.pth'
     torch.save(rich_checkpoint(), path, pickle_protocol=protocol, _use_new_zipfile_serialization=new_format)

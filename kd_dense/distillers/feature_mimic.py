@@ -33,8 +33,9 @@ class FeatureDistiller(Distiller):
         for s, t in paired_shapes(student, teacher, 'features'):
             if len(s) != len(t) or (len(s) == 3 and s[1] != t[1]):
                 raise ConfigError(
-                    f'taps: {describe(student, "features")} (student) and {describe(teacher, "features")} (teacher) do not go '
-                    'together: maps go with maps, and tokens with as many tokens, as their places in the image are not known'
+                    f'taps: {describe(student, "features")} (student) and {describe(teacher, "features")} (teacher) do '
+                    'not go together: maps go with maps, and tokens with as many tokens, as their places in the image '
+                    'are not known'
                 )
             self.connectors.append(build_connector(self._connector, _width(s), _width(t), 'connector', self._bias))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from kd_dense.connectors import match_size
@@ -23,6 +24,8 @@ class LogitKD(Distiller):
     ignored pixels and padding are masked. Detectors: the same per anchor, or per query, with a softmax head; with
     sigmoid heads the KL of independent classes, divided by the teacher's expected number of detections
     (:func:`~kd_dense.losses.bernoulli_kl`; our normalisation).
+
+    All levels of a detector are taken together, so that an object counts the same on every level.
 
     Queries are compared by their index, from the last decoder layer, which has a meaning only when both models order
     them alike (equal learned queries, or a student initialised from the teacher).
@@ -65,15 +68,15 @@ class LogitKD(Distiller):
     def forward(
         self, student: dict[str, list[Tensor]], teacher: dict[str, list[Tensor]], context: Context
     ) -> dict[str, Tensor]:
+        levels = [self._align(s, t, context) for s, t in zip(student['logits'], teacher['logits'], strict=True)]
+        s, t = (torch.cat([level[side] for level in levels], dim=2) for side in (0, 1))
+        masks = [level[2] for level in levels]
+        mask = None if masks[0] is None else torch.cat(masks, dim=2)
         function = class_kl if self.logits.activation == 'softmax' else bernoulli_kl
-        losses = []
-        for s, t in zip(student['logits'], teacher['logits'], strict=True):
-            s, t, mask = self._align(s, t, context)
-            losses.append(function(s, t, self.temperature, mask))
-        return {'loss': sum(losses) / len(losses)}
+        return {'loss': function(s, t, self.temperature, mask)}
 
     def _align(self, s: Tensor, t: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Bring both to ``[B, C, ...]`` with classes in dimension 1."""
+        """One level of both sides as ``[B, C, N]``, ``N`` positions times anchors, and its mask ``[B, 1, N]``."""
         if self.logits.layout == 'query':
             s, t = (x[-1] if x.dim() == 4 else x for x in (s, t))
             # Denoising queries of the training forward come first and have no counterpart in the teacher.
@@ -82,10 +85,12 @@ class LogitKD(Distiller):
         t = match_size(t, s)
         mask = context.mask(s.shape[2:]) if self.use_mask else None
         anchors = s.shape[1] // self.logits.num_classes
-        if anchors > 1:  # [B, A*C, h, w] -> [B, C, A, h, w]
-            s, t = (x.unflatten(1, (anchors, self.logits.num_classes)).transpose(1, 2) for x in (s, t))
-            mask = mask[:, :, None] if mask is not None else None
-        return s, t, mask
+        # [B, A*C, h, w] -> [B, C, A*h*w]
+        s, t = (
+            x.unflatten(1, (anchors, self.logits.num_classes)).transpose(1, 2).flatten(2) if anchors > 1 else x.flatten(2)
+            for x in (s, t)
+        )
+        return s, t, mask.flatten(2).repeat(1, 1, anchors) if mask is not None else None
 
 
 def _describe(logits: Logits) -> str:

@@ -42,10 +42,9 @@ class Native(Distiller):
         if teacher.logits.activation != 'sigmoid' or teacher.logits.layout != 'map':
             raise ConfigError('Native needs a teacher with a dense sigmoid head; distil with FeatureMimic instead')
         pairs = paired_shapes(student, teacher, 'features')
-        if len(teacher.shapes['scores']) % len(pairs):
-            raise ConfigError(
-                f'taps: the teacher has class logits on {len(teacher.shapes["scores"])} levels and features on {len(pairs)}'
-            )
+        levels = len(teacher.shapes['scores'])
+        if levels % len(pairs):
+            raise ConfigError(f'taps: the teacher has class logits on {levels} levels and features on {len(pairs)}')
         for s, t in pairs:
             self.connectors.append(build_connector('ConvReLUConv', s[1], t[1], 'connector'))
         self.num_classes = teacher.logits.num_classes

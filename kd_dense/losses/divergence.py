@@ -34,8 +34,8 @@ def class_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0, mask: T
 def bernoulli_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0, mask: Tensor | None = None) -> Tensor:
     """KL between independent sigmoid classes, summed over positions and classes, per expected teacher detection.
 
-    ``T^2 * sum_{b,c,x} KL(Bernoulli(p) || Bernoulli(q)) / max(1, sum_{b,x} max_c p)`` with ``p`` in the divisor at ``T
-    = 1``. Nearly all positions of a dense detector are background; a mean over positions would drown the rest. The
+    ``T^2 * sum_{b,c,x} KL(Bernoulli(p) || Bernoulli(q)) / max(1, sum_{b,x} max_c p)``, in the divisor at ``T = 1``.
+    Nearly all positions of a dense detector are background; a mean over positions would drown the rest. The
     divisor is the soft counterpart of the number of positives by which dense heads normalise their own classification
     loss. This normalisation is our choice: there is no single published form of logit distillation for sigmoid heads.
 
@@ -59,7 +59,7 @@ def bernoulli_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0, mas
 
 
 def channel_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0, mask: Tensor | None = None) -> Tensor:
-    """Channel-wise divergence: ``T^2 / (B C) * sum_{b,c} KL(p_{b,c} || q_{b,c})``, softmax over the positions of each channel.
+    """Channel-wise divergence: ``T^2 / (B C) * sum_{b,c} KL(p_{b,c} || q_{b,c})``, softmax over its positions.
 
     Source: Shu et al., "Channel-wise Knowledge Distillation for Dense Prediction", ICCV 2021, equations 3 and 4.
 
@@ -77,7 +77,4 @@ def channel_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0, mask:
         lowest = torch.finfo(s.dtype).min
         s, t = s.masked_fill(outside, lowest), t.masked_fill(outside, lowest)
     log_q, log_p = F.log_softmax(s, dim=2), F.log_softmax(t, dim=2)
-    kl = F.kl_div(log_q, log_p, reduction='none', log_target=True)
-    if mask is not None:
-        kl = kl.masked_fill(outside, 0)
-    return kl.sum() / (s.shape[0] * s.shape[1]) * temperature**2
+    return F.kl_div(log_q, log_p, reduction='sum', log_target=True) / (s.shape[0] * s.shape[1]) * temperature**2

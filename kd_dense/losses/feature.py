@@ -34,7 +34,7 @@ def l1(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
 
 @LOSSES.register_module()
 def cosine(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
-    """``1 - cos`` between the channel vectors, mean over batch and valid positions, 0..2; arguments as for :func:`mse`."""
+    """``1 - cos`` of the channel vectors, mean over batch and valid positions, 0..2; arguments as for :func:`mse`."""
     student, teacher = (zero_outside(x, mask) for x in prepare(student, teacher))
     return masked_mean(1 - F.cosine_similarity(student, teacher, dim=1)[:, None], mask)
 

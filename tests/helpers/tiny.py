@@ -300,3 +300,18 @@ def segmentation_run(model: dict, data: Path, iterations: int = 4, interval: int
     cfg.default_hooks.checkpoint.update(interval=interval, max_keep_ckpts=10)
     cfg.default_hooks.logger.interval = 1
     return cfg
+
+
+def detection_run(model: dict, data: Path, epochs: int = 2) -> Config:
+    """A complete mmdet training config on :func:`scenes`, four iterations an epoch."""
+    cfg = Config.fromfile('configs/_base_/scenes_detection.py')
+    cfg.model = model
+    for part in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
+        cfg[part].dataset.data_root = f'{data}/'
+    for part in ('val_evaluator', 'test_evaluator'):
+        cfg[part].ann_file = f'{data}/annotations/instances_val.json'
+    cfg.train_dataloader.batch_size = 2
+    cfg.train_cfg.update(max_epochs=epochs, val_interval=1)
+    cfg.default_hooks.checkpoint.update(interval=1, max_keep_ckpts=10)
+    cfg.default_hooks.logger.interval = 1
+    return cfg
