@@ -1,5 +1,5 @@
 # Generated scenes in Cityscapes layout, 7 classes, 128 x 128: python tools/make_scenes.py --out work_dirs/scenes --train 400 --val 100
-custom_imports = dict(imports=['kd_dense', 'kd_dense.data.datasets'], allow_failed_imports=False)
+custom_imports = dict(imports=['kd_dense'], allow_failed_imports=False)
 default_scope = 'mmseg'
 
 data_root = 'work_dirs/scenes'

@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from mmengine.dist import broadcast_object_list, is_main_process
 from mmengine.hooks import Hook
@@ -65,7 +66,7 @@ class DistillationHook(Hook):
         print_log('\n' + tap_table(model.distillers.table), 'current')
         if self.score_teacher and runner.val_loop is not None:
             self.teacher_score = self._score(runner, model)
-            text = ', '.join(f'{k} {v:.4g}' for k, v in self.teacher_score.items() if isinstance(v, (int, float)))
+            text = ', '.join(f'{k} {v:.4g}' for k, v in self.teacher_score.items())
             print_log(f'teacher on the validation set: {text}', 'current')
 
     def _check_optimizer(self, runner: Runner, model: Any) -> None:
@@ -146,7 +147,7 @@ def evaluate(model: torch.nn.Module, runner: Runner) -> dict[str, float]:
     for batch in runner.val_dataloader:
         evaluator.process(data_samples=model.val_step(batch), data_batch=batch)
     metrics = evaluator.evaluate(len(runner.val_dataloader.dataset))
-    return {k: float(v) for k, v in metrics.items() if isinstance(v, (int, float))}
+    return {k: float(v) for k, v in metrics.items() if isinstance(v, (int, float, np.number))}
 
 
 def _fingerprint(model: torch.nn.Module, dataset: Any) -> str:

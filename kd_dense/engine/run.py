@@ -18,7 +18,7 @@ from mmengine.runner import Runner
 from kd_dense import checkpoint as checkpoints
 from kd_dense.analysis.record import RunRecord
 from kd_dense.errors import ConfigError
-from kd_dense.models.build import build_model, model_config, read_config
+from kd_dense.models.build import build_model, build_teacher, model_config, read_checkpoint, read_config
 
 #: Metric that counts in a comparison, by what the evaluator computes -> key in the validation metrics, factor to percent.
 _METRICS = {
@@ -244,7 +244,7 @@ def load_student(model: torch.nn.Module, checkpoint: str) -> torch.nn.Module:
     Raises:
         ConfigError: it does not fit; the first tensors that differ are named.
     """
-    state = checkpoints.state_dict_of(checkpoints.load(checkpoint))
+    state = checkpoints.state_dict_of(read_checkpoint(checkpoint, 'CHECKPOINT'))
     try:
         (model.module if hasattr(model, 'module') else model).load_state_dict(state, strict=True)
     except RuntimeError as error:
@@ -293,8 +293,6 @@ def _student_of(cfg: Config, checkpoint: str) -> torch.nn.Module:
 
 
 def _teacher_of(cfg: Config) -> torch.nn.Module:
-    from kd_dense.models.build import build_teacher
-
     teacher = cfg.model['teacher']
     config = teacher['config']
     if isinstance(config, Mapping):

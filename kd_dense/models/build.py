@@ -103,11 +103,19 @@ def build_teacher(config: Any, checkpoint: str | None, allow: tuple[str, ...] = 
         raise ConfigError(
             'teacher.checkpoint: none is given, and a teacher with random weights teaches nothing; give the file of its trained weights'
         )
-    loaded = checkpoints.load(fetch(checkpoint), trusted=trusted)
+    loaded = read_checkpoint(fetch(checkpoint), 'teacher.checkpoint', trusted)
     model = build_model(config, 'teacher.config', pretrained=False)
     load_weights(model, checkpoints.state_dict_of(loaded), str(checkpoint), allow)
     meta = loaded.get('meta') if isinstance(loaded.get('meta'), Mapping) else {}
     return model, dict(meta)
+
+
+def read_checkpoint(path: str, key: str, trusted: bool = False) -> dict:
+    """:func:`kd_dense.checkpoint.load`, with the config key in front of what can go wrong."""
+    try:
+        return checkpoints.load(path, trusted=trusted)
+    except (OSError, checkpoints.CheckpointError) as error:
+        raise ConfigError(f'{key}: {error}') from error
 
 
 def fetch(checkpoint: str) -> str:

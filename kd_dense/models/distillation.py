@@ -47,6 +47,7 @@ class Distillation(BaseModel):
         distillers: name -> ``dict(type=..., loss_weight=..., ...)``.
         probe_size: ``(H, W)`` of the dry forward that finds the shapes; see :func:`~kd_dense.models.describe.describe`.
         seed: of the initialisation of the connectors.
+        data_preprocessor: MMEngine's runner hands a config's top-level one down to here; used when the student has none.
 
     Raises:
         ConfigError: unknown keys, types or taps, a teacher that is missing or does not fit, shapes that do not go together.
@@ -59,6 +60,7 @@ class Distillation(BaseModel):
         distillers: Mapping[str, Mapping],
         probe_size: tuple[int, int] | None = None,
         seed: int = 0,
+        data_preprocessor: Mapping | nn.Module | None = None,
         **unknown: Any,
     ) -> None:
         if unknown:
@@ -73,6 +75,8 @@ class Distillation(BaseModel):
                 raise ConfigError(f'teacher: has no option {name!r}; {closest(name, _TEACHER_KEYS)}')
         if 'config' not in teacher:
             raise ConfigError('teacher.config: is missing; give the config that the teacher was trained with')
+        if isinstance(student, Mapping) and data_preprocessor is not None:
+            student = {'data_preprocessor': data_preprocessor, **student}
         student = build_model(student, 'student')
         super().__init__(data_preprocessor=getattr(student, 'data_preprocessor', None))
         self.student = student

@@ -1,0 +1,17 @@
+# python tools/compare.py configs/demo/detection.py --seeds 0 --work-dir work_dirs/demo_detection
+# (make demo TASK=detection generates the data and trains the teacher first)
+_base_ = ['./detection_student.py']
+
+custom_hooks = [dict(type='kd_dense.DistillationHook', score_teacher=True)]
+
+model = dict(
+    _delete_=True,
+    type='kd_dense.Distillation',
+    student={{_base_.model}},
+    teacher=dict(config='configs/demo/detection_teacher.py', checkpoint='work_dirs/demo_detection/teacher/epoch_20.pth'),
+    distillers=dict(
+        # Class predictions at every anchor, and the patterns of the pyramid levels behind them.
+        logits=dict(type='LogitKD', temperature=1.0, loss_weight=1.0),
+        neck=dict(type='NFD', taps='neck', loss_weight=1.0),
+    ),
+)

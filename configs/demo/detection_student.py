@@ -1,0 +1,18 @@
+# The student of the detection demo: its teacher with a quarter of the width.
+_base_ = ['./detection_teacher.py']
+
+model = dict(
+    backbone=dict(stem_channels=8, base_channels=8),
+    neck=dict(in_channels=[8, 16, 32], out_channels=16),
+    bbox_head=dict(in_channels=16, feat_channels=16),
+)
+
+max_epochs = 12
+param_scheduler = [
+    dict(type='LinearLR', start_factor=0.1, by_epoch=False, begin=0, end=50),
+    dict(
+        type='CosineAnnealingLR', eta_min=1e-5, begin=0, end=max_epochs, T_max=max_epochs, by_epoch=True, convert_to_iter_based=True
+    ),
+]
+train_cfg = dict(max_epochs=max_epochs, val_interval=4)
+default_hooks = dict(checkpoint=dict(interval=4))
