@@ -1,0 +1,142 @@
+"""The joined model that Ultralytics' trainer trains: a student, a frozen teacher and distillers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from ultralytics.nn.distill_model import DistillationModel as UltralyticsDistillationModel
+from ultralytics.utils.ops import xywh2xyxy
+from ultralytics.utils.torch_utils import copy_attr
+
+from kd_dense.context import Context
+from kd_dense.distillation import Distillers
+from kd_dense.errors import ConfigError
+from kd_dense.teacher import Teacher
+from kd_dense.yolo.describe import describe, forward_for
+
+#: Batch entry with the number of objects in each image, which the trainer counts before the batch goes to the device.
+COUNTS = 'objects_per_image'
+
+
+class DistillationModel(UltralyticsDistillationModel):
+    """Ultralytics' own distillation model with any distillers of kd_dense in place of its built-in loss.
+
+    It is a subclass because the trainer treats that class specially: no compilation, class weights, the EMA copy, the
+    optimizer's learning-rate groups and the resumption of two-branch losses all look through it to ``student_model``.
+    The teacher is not a submodule: it is in no parameter list, state dict, optimizer, EMA copy or checkpoint.
+
+    Args:
+        student: the model to be trained, on its device.
+        teacher: a loaded teacher on the same device, see :func:`kd_dense.yolo.teacher.load_teacher`.
+        distillers: what to distil. Set up here.
+
+    Raises:
+        ConfigError: taps that a model does not have, or shapes that a distiller can not bring together.
+    """
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, distillers: Distillers) -> None:
+        nn.Module.__init__(self)
+        self.student_model = student
+        self.distillers = distillers
+        self._teacher: Teacher | None = Teacher(teacher)
+        # What the parent class keeps for its permanent hooks; empty, because there are none.
+        self.feats_idx, self.teacher_feats_idx = [], []
+        self._teacher_feats, self._student_feats = {}, {}
+        self._teacher_hooks, self._student_hooks = [], []
+        copy_attr(self, student)  # yaml, names, stride, args: what the trainer reads from its model
+        distillers.setup(describe(student), describe(teacher))
+        distillers.to(next(student.parameters()).device)
+        self.iteration, self.epoch, self.progress = 0, 0, 0.0
+
+    @property
+    def teacher_model(self) -> nn.Module | None:
+        """The teacher; ``None`` on the copy that holds the moving average."""
+        return self._teacher and self._teacher.model
+
+    @teacher_model.setter
+    def teacher_model(self, value: None) -> None:
+        # Ultralytics takes the teacher off the moving average's copy; nobody reads averaged connectors either.
+        self._teacher = self.distillers = None
+
+    def _apply(self, fn, recurse: bool = True) -> DistillationModel:
+        super()._apply(fn, recurse)
+        if self._teacher is not None:
+            self._teacher.follow(fn)
+        return self
+
+    def loss(self, batch: dict, preds: object = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """The task loss, followed by the weighted distillation loss.
+
+        Args:
+            batch: as Ultralytics' data loaders make it: ``img`` ``[B, C, H, W]`` in 0..1, ``bboxes``, ``cls`` and
+                ``batch_idx``.
+            preds: the student's predictions; used in evaluation mode, where only the task loss is computed.
+
+        Returns:
+            Loss parts to be summed, each multiplied by ``B`` as all losses of Ultralytics are, and the numbers for the
+            log, not multiplied, with one entry per distiller.
+        """
+        if not self.training:
+            return self.student_model.loss(batch, preds)
+        images = batch['img']
+        context = self._context(batch)
+        active = self.distillers.active(self.progress)
+        if active:
+            # The teacher goes first: what it needs on the way is free again before the student stores for its backward.
+            taps = self.distillers.taps('teacher', active)
+            teacher = self._teacher(taps, images, forward_for(self.teacher_model, taps))
+            with self.distillers.taps('student', active).record() as taps:
+                preds = self.student_model(images)
+                student = taps.take()
+            parts, items = self.student_model.loss(batch, preds)
+            del preds
+            size = images.shape[0]
+            losses = self.distillers(student, teacher, context, lambda: parts.sum() / size)
+        else:
+            parts, items = self.student_model.loss(batch)
+            losses = {}
+        sums = self._sum_by_distiller(losses, images)
+        parts = torch.cat([parts.reshape(-1), sum(sums.values()).reshape(1) * images.shape[0]])
+        return parts, self._with_items(items, sums)
+
+    def _sum_by_distiller(self, losses: dict[str, Tensor], images: Tensor) -> dict[str, Tensor]:
+        """One scalar per distiller, 0 for those that sleep: Ultralytics' log must have the same columns always."""
+        sums = {}
+        for name in self.distillers.methods:
+            own = [v for k, v in losses.items() if k.startswith(f'{name}.') and 'loss' in k[len(name) :]]
+            sums[name] = sum(own) if own else images.new_zeros((), dtype=torch.float32)
+        return sums
+
+    def _with_items(self, items: dict[str, Tensor], sums: dict[str, Tensor]) -> dict[str, Tensor]:
+        items = dict(items)
+        for name, value in sums.items():
+            if name in items:
+                raise ConfigError(f'distillers.{name}: the log already has a column of this name; choose another one')
+            items[name] = value.detach()
+        return items
+
+    def _context(self, batch: dict) -> Context:
+        images = batch['img']
+        height, width = images.shape[2:]
+        boxes = labels = None
+        if 'bboxes' in batch:
+            counts = batch.get(COUNTS)
+            if counts is None:
+                counts = count_objects(batch)
+            scale = batch['bboxes'].new_tensor([width, height, width, height])
+            # The data loader lists the objects image by image.
+            boxes = list(xywh2xyxy(batch['bboxes']).mul(scale).split(counts))
+            labels = list(batch['cls'].flatten().long().split(counts))
+        return Context(
+            canvas=(height, width),
+            boxes=boxes,
+            labels=labels,
+            iteration=self.iteration,
+            epoch=self.epoch,
+            progress=self.progress,
+        )
+
+
+def count_objects(batch: dict) -> list[int]:
+    """Objects in each image of a batch."""
+    return torch.bincount(batch['batch_idx'].long().flatten(), minlength=batch['img'].shape[0]).tolist()

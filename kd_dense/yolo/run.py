@@ -1,0 +1,205 @@
+"""Train from a config: what ``tools/train.py`` calls for YOLO."""
+
+from __future__ import annotations
+
+import csv
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config
+from ultralytics.models.yolo.detect import DetectionTrainer
+from ultralytics.models.yolo.segment import SegmentationTrainer
+from ultralytics.nn.tasks import guess_model_task, load_checkpoint, yaml_model_load
+from ultralytics.utils import LOGGER, RANK
+
+from kd_dense.analysis.record import RunRecord
+from kd_dense.checkpoint import atomic_write
+from kd_dense.errors import ConfigError
+from kd_dense.yolo.config import YoloConfig, load, read
+from kd_dense.yolo.trainer import DistillationTrainer, SegmentationDistillationTrainer, require_dataset
+
+#: Task -> (trainer of the student alone, trainer with a teacher).
+TRAINERS = {
+    'detect': (DetectionTrainer, DistillationTrainer),
+    'segment': (SegmentationTrainer, SegmentationDistillationTrainer),
+}
+#: Task -> the number that counts in a comparison, as Ultralytics calls it.
+METRICS = {'detect': 'metrics/mAP50-95(B)', 'segment': 'metrics/mAP50-95(M)'}
+
+
+def train(
+    config: str | Path | Config | Mapping,
+    work_dir: str | Path | None = None,
+    distill: bool = True,
+    seed: int | None = None,
+    resume: bool | str | Path = False,
+    amp: bool = False,
+    auto_scale_lr: bool = False,
+    launcher: str = 'none',
+) -> RunRecord | None:
+    """Train the student of a config. A config without teacher and distillers trains its student alone.
+
+    Args:
+        config: a YOLO config, or its path.
+        work_dir: folder for results, used as it is; default: ``work_dir`` of the config, or ``work_dirs/NAME``. The
+            plain student lies in ``weights/last.pt`` and ``weights/best.pt``, the curves in ``results.csv``.
+        distill: ``False``: the student alone, by Ultralytics' own trainer with the same arguments.
+        seed: over the config. Equal seeds mean equal data order with and without distillation.
+        resume: ``True`` or ``'auto'``: go on from ``work_dir/weights/last.pt`` where there is one; or a checkpoint.
+        amp: mixed precision, over the config; ``False`` leaves it as it is there.
+        auto_scale_lr: not available; Ultralytics accumulates gradients up to its nominal batch size instead.
+        launcher: ``'none'``, or ``'pytorch'`` when torchrun started this process. Without a launcher, ``device='0,1'``
+            among the training arguments uses several GPUs.
+
+    Returns:
+        What is in ``work_dir/record.json``: the last validation, of ``weights/last.pt``. ``None`` on other processes
+        than the first.
+
+    Raises:
+        ConfigError: whatever is wrong with the config, the teacher, the data or the checkpoint.
+    """
+    source = load(config)
+    settings = read(source)
+    name = Path(source.filename or 'yolo.py').stem
+    if distill and settings.teacher is None:
+        LOGGER.info('the config has no teacher: its student is trained alone')
+        distill = False
+    if auto_scale_lr:
+        raise ConfigError(
+            'auto_scale_lr: Ultralytics accumulates gradients up to train.nbs images instead; leave --auto-scale-lr out'
+        )
+    folder = Path(work_dir or settings.work_dir or Path('work_dirs') / name).expanduser().resolve()
+    arguments = _arguments(settings, folder)
+    require_dataset(settings.data, arguments.get('split', 'val'))
+    if seed is not None:
+        arguments['seed'] = seed
+    if amp:
+        arguments['amp'] = True
+    if launcher == 'pytorch':
+        arguments.setdefault('device', ','.join(map(str, range(int(os.environ.get('WORLD_SIZE', 1))))))
+    elif launcher != 'none':
+        raise ConfigError(f"launcher: Ultralytics is started by 'pytorch' or 'none', not {launcher!r}")
+    if distill:
+        # The config as it is used, overrides included: read again on resume, and by every process of several GPUs.
+        arguments['distill_model'] = str(folder / f'{name}.py')
+        with atomic_write(arguments['distill_model']) as file:
+            file.write(source.dump().encode())
+    last = _checkpoint_to_resume(resume, folder)
+    if last is not None:
+        arguments.update(resume=str(last), save_dir=str(folder))
+    trainer = TRAINERS[arguments['task']][distill](overrides=arguments)
+    observer = _Observer()
+    for event in ('on_train_batch_start', 'on_train_batch_end', 'on_model_save'):
+        trainer.add_callback(event, getattr(observer, event))
+    trainer.train()
+    if RANK not in (-1, 0):
+        return None
+    record = _record(trainer, observer, distill, arguments['task'], str(source.filename or ''))
+    record.save(folder)
+    return record
+
+
+def _arguments(settings: YoloConfig, folder: Path) -> dict[str, Any]:
+    """Arguments for a trainer of Ultralytics."""
+    if settings.student is None:
+        raise ConfigError("student: give a model YAML or .pt file, such as student='yolo11n.yaml'")
+    task = settings.train.get('task') or _task(settings.student)
+    if task not in TRAINERS:
+        kind = f'the task {task!r}' if task else 'an unknown task'
+        raise ConfigError(f'student: {settings.student} is for {kind}; kd_dense trains {list(TRAINERS)}')
+    return {
+        **settings.train,
+        'task': task,
+        'mode': 'train',
+        'model': settings.student,
+        'pretrained': settings.pretrained,
+        'data': settings.data,
+        # With an absolute project and exist_ok, Ultralytics writes into exactly this folder.
+        'project': str(folder.parent),
+        'name': folder.name,
+        'exist_ok': True,
+    }
+
+
+def _task(student: str) -> str:
+    if student.endswith('.pt'):
+        if not Path(student).is_file():
+            raise ConfigError(
+                f'student: there is no file {student}; train from a model YAML, or give the path of the weights'
+            )
+        return load_checkpoint(student)[0].task
+    try:
+        return guess_model_task(yaml_model_load(student))
+    except (FileNotFoundError, OSError):
+        raise ConfigError(f'student: {student} is neither a .pt file nor a model YAML that Ultralytics knows') from None
+
+
+def _checkpoint_to_resume(resume: bool | str | Path, folder: Path) -> Path | None:
+    if not resume:
+        return None
+    automatic = resume is True or resume == 'auto'
+    path = folder / 'weights' / 'last.pt' if automatic else Path(resume).expanduser().resolve()
+    if path.is_file():
+        return path
+    if automatic:
+        LOGGER.info(f'nothing to resume in {folder}; starting anew')
+        return None
+    raise ConfigError(f'resume: there is no checkpoint {path}')
+
+
+class _Observer:
+    """Times the training steps and keeps the scores of each class at the last validation."""
+
+    def __init__(self) -> None:
+        self.seconds, self.steps = 0.0, 0
+        self.per_class: dict[str, float] = {}
+
+    def on_train_batch_start(self, trainer: Any) -> None:
+        self._start = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: Any) -> None:
+        self.seconds += time.perf_counter() - self._start
+        self.steps += 1
+
+    def on_model_save(self, trainer: Any) -> None:
+        metrics = trainer.validator.metrics
+        part = metrics.seg if trainer.args.task == 'segment' else metrics.box
+        maps = part.maps  # a class without objects has the mean there
+        self.per_class = {metrics.names[int(i)]: 100 * float(maps[int(i)]) for i in part.ap_class_index}
+
+
+def _record(trainer: Any, observer: _Observer, distilled: bool, task: str, config: str) -> RunRecord:
+    with open(trainer.csv, newline='', encoding='utf-8') as file:
+        rows = [{k.strip(): v for k, v in row.items()} for row in csv.DictReader(file)]
+    key = METRICS[task]
+    model = load_checkpoint(trainer.last)[0]
+    batches = (
+        len(trainer.train_loader) if observer.steps else 0
+    )  # 0: trained by processes of their own, on several GPUs
+    iterations = batches * len(rows)
+    curve = [(batches * int(row['epoch']), 100 * float(row[key])) for row in rows]
+    # A resumed run has timed some of its steps only.
+    seconds = observer.seconds / observer.steps * iterations if observer.steps else float(rows[-1]['time'])
+    return RunRecord(
+        name='distilled' if distilled else 'student',
+        seed=trainer.args.seed,
+        toolbox='ultralytics',
+        metric=key.removeprefix('metrics/')[: -len('(B)')],
+        value=curve[-1][1],
+        iterations=iterations,
+        seconds=seconds,
+        parameters=sum(p.numel() for p in model.parameters()),
+        extra_parameters=_connector_parameters(trainer) if distilled else 0,
+        checkpoint=str(trainer.last),
+        config=config,
+        curve=curve,
+        per_class=observer.per_class,
+    )
+
+
+def _connector_parameters(trainer: Any) -> int:
+    model = getattr(trainer, 'distillation', None)
+    return sum(p.numel() for p in model.distillers.parameters()) if model is not None else 0

@@ -1,0 +1,44 @@
+"""The shipped configs: they are read, and what is missing is said in a sentence."""
+
+from pathlib import Path
+
+import pytest
+from mmengine.config import Config
+
+import kd_dense.yolo
+from kd_dense.errors import ConfigError
+from kd_dense.yolo.config import read
+from kd_dense.yolo.run import _task
+
+FOLDER = Path(__file__).parents[2] / 'configs' / 'yolo'
+CONFIGS = sorted(p for p in FOLDER.glob('*/*.py') if not p.parent.name.startswith('_'))
+
+
+@pytest.mark.parametrize('path', CONFIGS, ids=lambda p: p.stem)
+def test_config(path, tmp_path):
+    config = read(path)
+    assert config.data.endswith('.yaml')
+    assert _task(config.student) in ('detect', 'segment')
+    if config.teacher is not None:
+        assert config.build_distillers().methods
+    text = path.read_text()
+    assert text.startswith('# ')
+    assert f'python tools/train.py {path.relative_to(FOLDER.parents[1])}' in text
+    missing = Config.fromfile(path)
+    missing.data = str(tmp_path / 'absent.yaml')
+    with pytest.raises(ConfigError, match='data: '):
+        kd_dense.yolo.train(missing, tmp_path / 'run')
+
+
+def test_every_method_that_yolo_supports_has_one():
+    types = {d['type'] for path in CONFIGS for d in read(path).distillers.values()}
+    assert {'Native', 'CWD', 'FeatureMimic', 'LogitKD'} <= types
+
+
+def test_a_missing_teacher_is_said_in_a_sentence(data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # whatever has been trained in the checkout
+    config = Config.fromfile(FOLDER / 'native' / 'native_yolo11-s_yolo11-n_100e_bccd.py')
+    config.data = str(data)
+    config.train.update(imgsz=64, batch=4, workers=0, device='cpu', plots=False)
+    with pytest.raises(ConfigError, match='teacher.checkpoint: there is no file work_dirs/yolo11-s_'):
+        kd_dense.yolo.train(config, tmp_path / 'run')
