@@ -26,6 +26,8 @@ export YOLO_OFFLINE := true
 export YOLO_AUTOINSTALL := false
 export YOLO_CONFIG_DIR := $(abspath $(VENV))
 export MPLBACKEND := Agg
+# Threads that wait for work let others run: a busy machine is slowed down less.
+export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: setup ready test test-all demo lint format clean
 

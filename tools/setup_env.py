@@ -493,7 +493,6 @@ def build_mmcv(env, name, version, with_cuda):
 
 def report_progress(process, log, name, started, interval=20):
     """A line every 20 seconds until the process ends: files compiled, time passed, time left."""
-    first = None  # after an interruption ninja counts only what is left
     reported = started
     while process.poll() is None:
         time.sleep(0.5)
@@ -507,8 +506,7 @@ def report_progress(process, log, name, started, interval=20):
             say('{}: preparing, {}'.format(name, minutes(passed)))
             continue
         done, total = int(steps[-1][0]), int(steps[-1][1])
-        first = first or started
-        left = (reported - first) / done * (total - done)
+        left = passed / done * (total - done)  # after an interruption, ninja counts only what is left
         say('{}: {} of {} files, {} passed, about {} left'.format(name, done, total, minutes(passed), minutes(left)))
 
 

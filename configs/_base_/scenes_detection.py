@@ -1,4 +1,6 @@
-# Generated scenes as COCO, 6 classes, 128 x 128: python tools/make_scenes.py --out work_dirs/scenes --train 400 --val 100
+# Generated scenes as COCO, 6 classes, 128 x 128.
+#
+#   python tools/make_scenes.py --out work_dirs/scenes --train 400 --val 100
 custom_imports = dict(imports=['kd_dense'], allow_failed_imports=False)
 default_scope = 'mmdet'
 
@@ -7,7 +9,8 @@ metainfo = dict(classes=('disc', 'ring', 'triangle', 'frame', 'star', 'bar'))
 train_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations', with_bbox=True),
-    dict(type='Resize', scale_factor=1.0, keep_ratio=True),  # leaves the size, and notes the factor that evaluation asks for
+    # leaves the size, and notes the factor that evaluation asks for
+    dict(type='Resize', scale_factor=1.0, keep_ratio=True),
     dict(type='RandomFlip', prob=0.5),
     dict(type='PackDetInputs'),
 ]
@@ -61,7 +64,15 @@ optim_wrapper = dict(
 )
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.1, by_epoch=False, begin=0, end=50),
-    dict(type='CosineAnnealingLR', eta_min=1e-5, begin=0, end=max_epochs, T_max=max_epochs, by_epoch=True, convert_to_iter_based=True),
+    dict(
+        type='CosineAnnealingLR',
+        eta_min=1e-5,
+        begin=0,
+        end=max_epochs,
+        T_max=max_epochs,
+        by_epoch=True,
+        convert_to_iter_based=True,
+    ),
 ]
 train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=max_epochs, val_interval=4)
 val_cfg = dict(type='ValLoop')
@@ -73,7 +84,9 @@ default_hooks = dict(
     checkpoint=dict(type='CheckpointHook', interval=4, max_keep_ckpts=2),
     sampler_seed=dict(type='DistSamplerSeedHook'),
 )
-env_cfg = dict(cudnn_benchmark=False, mp_cfg=dict(mp_start_method='fork', opencv_num_threads=1), dist_cfg=dict(backend='nccl'))
+env_cfg = dict(
+    cudnn_benchmark=False, mp_cfg=dict(mp_start_method='fork', opencv_num_threads=1), dist_cfg=dict(backend='nccl')
+)
 log_processor = dict(by_epoch=True, window_size=50)
 log_level = 'INFO'
 randomness = dict(seed=0)

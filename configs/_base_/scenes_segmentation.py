@@ -1,4 +1,6 @@
-# Generated scenes in Cityscapes layout, 7 classes, 128 x 128: python tools/make_scenes.py --out work_dirs/scenes --train 400 --val 100
+# Generated scenes in Cityscapes layout, 7 classes, 128 x 128.
+#
+#   python tools/make_scenes.py --out work_dirs/scenes --train 400 --val 100
 custom_imports = dict(imports=['kd_dense'], allow_failed_imports=False)
 default_scope = 'mmseg'
 
@@ -57,7 +59,9 @@ default_hooks = dict(
     checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=200, max_keep_ckpts=2),
     sampler_seed=dict(type='DistSamplerSeedHook'),
 )
-env_cfg = dict(cudnn_benchmark=False, mp_cfg=dict(mp_start_method='fork', opencv_num_threads=1), dist_cfg=dict(backend='nccl'))
+env_cfg = dict(
+    cudnn_benchmark=False, mp_cfg=dict(mp_start_method='fork', opencv_num_threads=1), dist_cfg=dict(backend='nccl')
+)
 log_processor = dict(by_epoch=False, window_size=50)
 log_level = 'INFO'
 randomness = dict(seed=0)

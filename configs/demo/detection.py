@@ -8,7 +8,9 @@ model = dict(
     _delete_=True,
     type='kd_dense.Distillation',
     student={{_base_.model}},
-    teacher=dict(config='configs/demo/detection_teacher.py', checkpoint='work_dirs/demo_detection/teacher/epoch_20.pth'),
+    teacher=dict(
+        config='configs/demo/detection_teacher.py', checkpoint='work_dirs/demo_detection/teacher/epoch_12.pth'
+    ),
     distillers=dict(
         # Class predictions at every anchor, and the patterns of the pyramid levels behind them.
         logits=dict(type='LogitKD', temperature=1.0, loss_weight=1.0),

@@ -7,11 +7,17 @@ model = dict(
     bbox_head=dict(in_channels=16, feat_channels=16),
 )
 
-max_epochs = 12
+max_epochs = 8
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.1, by_epoch=False, begin=0, end=50),
     dict(
-        type='CosineAnnealingLR', eta_min=1e-5, begin=0, end=max_epochs, T_max=max_epochs, by_epoch=True, convert_to_iter_based=True
+        type='CosineAnnealingLR',
+        eta_min=1e-5,
+        begin=0,
+        end=max_epochs,
+        T_max=max_epochs,
+        by_epoch=True,
+        convert_to_iter_based=True,
     ),
 ]
 train_cfg = dict(max_epochs=max_epochs, val_interval=4)

@@ -46,12 +46,19 @@ model = dict(
     ),
 )
 
-max_epochs = 20
+max_epochs = 12
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.1, by_epoch=False, begin=0, end=50),
     dict(
-        type='CosineAnnealingLR', eta_min=1e-5, begin=0, end=max_epochs, T_max=max_epochs, by_epoch=True, convert_to_iter_based=True
+        type='CosineAnnealingLR',
+        eta_min=1e-5,
+        begin=0,
+        end=max_epochs,
+        T_max=max_epochs,
+        by_epoch=True,
+        convert_to_iter_based=True,
     ),
 ]
-train_cfg = dict(max_epochs=max_epochs, val_interval=5)
-default_hooks = dict(checkpoint=dict(interval=5))
+train_dataloader = dict(batch_size=16)
+train_cfg = dict(max_epochs=max_epochs, val_interval=4)
+default_hooks = dict(checkpoint=dict(interval=4))

@@ -1,5 +1,5 @@
 # python tools/train.py configs/demo/segmentation_teacher.py
-# The teacher of the demo: a ResNet-18 of half the usual width, trained three times as long as the students.
+# The teacher of the demo: a ResNet-18 of half the usual width, trained twice as long as the students.
 _base_ = ['../_base_/scenes_segmentation.py']
 
 norm_cfg = dict(type='BN', requires_grad=True)
@@ -43,10 +43,10 @@ model = dict(
     test_cfg=dict(mode='whole'),
 )
 
-max_iters = 1200
+max_iters = 800
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.1, by_epoch=False, begin=0, end=50),
     dict(type='PolyLR', power=0.9, eta_min=1e-5, by_epoch=False, begin=50, end=max_iters),
 ]
-train_cfg = dict(max_iters=max_iters, val_interval=400)
-default_hooks = dict(checkpoint=dict(interval=400))
+train_cfg = dict(max_iters=max_iters, val_interval=200)
+default_hooks = dict(checkpoint=dict(interval=200))

@@ -87,7 +87,9 @@ class LogitKD(Distiller):
         anchors = s.shape[1] // self.logits.num_classes
         # [B, A*C, h, w] -> [B, C, A*h*w]
         s, t = (
-            x.unflatten(1, (anchors, self.logits.num_classes)).transpose(1, 2).flatten(2) if anchors > 1 else x.flatten(2)
+            x.unflatten(1, (anchors, self.logits.num_classes)).transpose(1, 2).flatten(2)
+            if anchors > 1
+            else x.flatten(2)
             for x in (s, t)
         )
         return s, t, mask.flatten(2).repeat(1, 1, anchors) if mask is not None else None

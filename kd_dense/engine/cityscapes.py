@@ -24,11 +24,13 @@ if not hasattr(np, 'in1d'):
 class OfficialCityscapesMetric(CityscapesMetric):
     """Runs cityscapesscripts' pixel-level evaluation on the predictions.
 
-    MMSegmentation's metric reports the category averages only, and needs instance maps; this one adds the class average, which
-    is the mIoU of the benchmark, and leaves the instance-weighted scores out where there are no ``*_instanceIds.png`` files.
+    MMSegmentation's metric reports the category averages only, and needs instance maps; this one adds the class
+    average, which is the mIoU of the benchmark, and leaves the instance-weighted scores out where there are no
+    ``*_instanceIds.png`` files.
 
     Returns:
-        ``IoU_classes``, ``IoU_categories``, with instance maps ``iIoU_classes`` and ``iIoU_categories``: all in percent.
+        ``IoU_classes``, ``IoU_categories``, with instance maps ``iIoU_classes`` and ``iIoU_categories``: all in
+        percent.
     """
 
     def compute_metrics(self, results: list) -> dict[str, float]:
@@ -47,4 +49,5 @@ class OfficialCityscapesMetric(CityscapesMetric):
         if args.evalInstLevelScore:
             metrics['iIoU_classes'] = scores['averageScoreInstClasses']
             metrics['iIoU_categories'] = scores['averageScoreInstCategories']
-        return {name: round(100 * float(value), 2) for name, value in metrics.items() if value == value}  # NaN: no instances
+        # NaN: no instances
+        return {name: round(100 * float(value), 2) for name, value in metrics.items() if value == value}

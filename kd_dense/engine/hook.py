@@ -32,10 +32,10 @@ class DistillationHook(Hook):
     """Runs the checks and keeps the clock of a distillation.
 
     Before training it compares class lists by name, prints the table of taps, makes sure that every connector is in the
-    optimizer, and scores the teacher on the validation set (once: the score is kept in ``work_dir/teacher_score.json`` and used
-    again while weights and data stay the same). While training it tells the model the progress, and after the first backward
-    checks that every connector received a gradient. Checkpoints get the distillation state under the key ``kd_dense``, beside
-    the student's plain weights.
+    optimizer, and scores the teacher on the validation set (once: the score is kept in ``work_dir/teacher_score.json``
+    and used again while weights and data stay the same). While training it tells the model the progress, and after the
+    first backward checks that every connector received a gradient. Checkpoints get the distillation state under the key
+    ``kd_dense``, beside the student's plain weights.
 
     Args:
         score_teacher: run the validation loop once with the teacher before training. Takes as long as one validation.
@@ -48,14 +48,14 @@ class DistillationHook(Hook):
         self.score_teacher = score_teacher
         self.teacher_score: dict[str, float] | None = None
 
-    # -- start -----------------------------------------------------------------------------------------------------------
+    # -- start ---------------------------------------------------------------------------------------------------------
 
     def before_train(self, runner: Runner) -> None:
         model = distillation_of(runner)
         if model is None:
             raise ConfigError(
-                "model: DistillationHook needs a model of type 'kd_dense.Distillation', and this config has another; remove the hook "
-                'to train a student alone'
+                "model: DistillationHook needs a model of type 'kd_dense.Distillation', and this config has another; "
+                'remove the hook to train a student alone'
             )
         self._clock(runner, model)
         student_classes = getattr(runner.train_dataloader.dataset, 'metainfo', {}).get('classes')
@@ -76,7 +76,8 @@ class DistillationHook(Hook):
         for name, parameter in model.distillers.named_parameters():
             if parameter.requires_grad and id(parameter) not in trained:
                 raise DistillationError(
-                    f'optim_wrapper: the connector parameter {name} is not in the optimizer; check its constructor and paramwise_cfg'
+                    f'optim_wrapper: the connector parameter {name} is not in the optimizer; '
+                    'check its constructor and paramwise_cfg'
                 )
 
     def _score(self, runner: Runner, model: Any) -> dict[str, float]:
@@ -98,12 +99,14 @@ class DistillationHook(Hook):
             path.write_text(json.dumps({'key': key, 'score': score}, indent=1))
         return score
 
-    # -- clock -----------------------------------------------------------------------------------------------------------
+    # -- clock ---------------------------------------------------------------------------------------------------------
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
         self._clock(runner, distillation_of(runner))
 
-    def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict | None = None) -> None:
+    def after_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict | None = None
+    ) -> None:
         distillation_of(runner).distillers.verify_gradients()
 
     @staticmethod
@@ -111,7 +114,7 @@ class DistillationHook(Hook):
         model.iteration, model.epoch = runner.iter, runner.epoch
         model.progress = runner.iter / max(runner.max_iters, 1)
 
-    # -- checkpoints -----------------------------------------------------------------------------------------------------
+    # -- checkpoints ---------------------------------------------------------------------------------------------------
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         model = distillation_of(runner)
@@ -125,13 +128,14 @@ class DistillationHook(Hook):
             return
         if STATE_KEY not in checkpoint:
             raise ConfigError(
-                'resume: the checkpoint has no distillation state, so it can not be resumed, only started from with load_from'
+                'resume: the checkpoint has no distillation state, so it can not be resumed, only '
+                'started from with load_from'
             )
         model.load_distillation_state(checkpoint[STATE_KEY]['distillers'])
 
 
 def distillation_of(runner: Runner) -> Any:
-    """The :class:`~kd_dense.Distillation` that the runner trains, wrapped or not; ``None`` when it trains something else."""
+    """The :class:`~kd_dense.Distillation` that the runner trains, wrapped or not; ``None`` for other models."""
     from kd_dense.models import Distillation
 
     model = runner.model.module if is_model_wrapper(runner.model) else runner.model
@@ -140,8 +144,10 @@ def distillation_of(runner: Runner) -> Any:
 
 @torch.no_grad()
 def evaluate(model: torch.nn.Module, runner: Runner) -> dict[str, float]:
-    """Score ``model`` with the runner's validation data and a fresh copy of its evaluator, by the model's own ``val_step``."""
-    evaluator = runner.build_evaluator(runner._val_evaluator if isinstance(runner._val_evaluator, (dict, list)) else runner.cfg.val_evaluator)
+    """Score ``model`` by its own ``val_step``, on the runner's validation data, with a fresh copy of its evaluator."""
+    evaluator = runner.build_evaluator(
+        runner._val_evaluator if isinstance(runner._val_evaluator, (dict, list)) else runner.cfg.val_evaluator
+    )
     evaluator.dataset_meta = runner.val_dataloader.dataset.metainfo
     model.eval()
     for batch in runner.val_dataloader:
@@ -173,7 +179,9 @@ def tap_table(rows: list[TapRow]) -> str:
     for column in ('distiller', 'role', 'student', 'teacher', 'connector parameters', 'loss weight'):
         table.add_column(column)
     for row in rows:
-        table.add_row(row.distiller, row.role, row.student, row.teacher, f'{row.connector_parameters:,}', row.loss_weight)
+        table.add_row(
+            row.distiller, row.role, row.student, row.teacher, f'{row.connector_parameters:,}', row.loss_weight
+        )
     with io.StringIO() as text:
         Console(width=160, file=text).print(table)
         return text.getvalue()

@@ -20,9 +20,10 @@ _KEY = 'kd_dense_random_state'
 class RandomStateHook(Hook):
     """Stores the random states in checkpoints and puts them back on resume; MMEngine itself starts again from the seed.
 
-    In an epoch-based run everything is put back when the next epoch begins. An iteration-based run first draws the batches that
-    were seen before, which brings the states of Python and NumPy, from which augmentations draw, to where they were; torch's is put
-    back after that. With several processes nothing is put back: a checkpoint holds the states of one.
+    In an epoch-based run everything is put back when the next epoch begins. An iteration-based run first draws the
+    batches that were seen before, which brings the states of Python and NumPy, from which augmentations draw, to where
+    they were; torch's is put back after that. With several processes nothing is put back: a checkpoint holds the states
+    of one.
     """
 
     priority = 'VERY_LOW'  # when a checkpoint is saved, whatever draws in that step has drawn

@@ -23,7 +23,8 @@ _KEY = 'kd_dense_record'
 class RecordHook(Hook):
     """Collects the validation curve and writes ``work_dir/record.json`` when training ends.
 
-    The curve so far lies in ``work_dir/curve.json``, the time in checkpoints, so that a resumed run has the whole of both.
+    The curve so far lies in ``work_dir/curve.json``, the time in checkpoints, so that a resumed run has the whole of
+    both.
 
     Args:
         name: ``'student'`` (alone), ``'distilled'`` or ``'teacher'``.

@@ -12,15 +12,19 @@ from typing import Any
 import numpy as np
 import torch
 from mmengine.config import Config
+from mmengine.device import get_device
+from mmengine.dist import is_main_process
 from mmengine.registry import DATASETS, RUNNERS, VISUALIZERS, init_default_scope
 from mmengine.runner import Runner
 
 from kd_dense import checkpoint as checkpoints
 from kd_dense.analysis.record import RunRecord
+from kd_dense.engine.cpu_processes import start_cpu_processes
 from kd_dense.errors import ConfigError
 from kd_dense.models.build import build_model, build_teacher, model_config, read_checkpoint, read_config
 
-#: Metric that counts in a comparison, by what the evaluator computes -> key in the validation metrics, factor to percent.
+#: Metric that counts in a comparison, by what the evaluator computes -> key in the validation metrics, factor to
+#: percent.
 _METRICS = {
     'IoUMetric': ('mIoU', 1.0),
     'CityscapesMetric': ('averageScoreCategories', 100.0),
@@ -102,7 +106,8 @@ def train(
         work_dir: where everything is written.
         distill: ``False``: the student alone, with the same data, schedule and seed.
         seed: of everything random; ``None``: the config's own.
-        resume: ``True`` or ``'auto'``: go on from the last checkpoint in ``work_dir`` if there is one; a path: from that one.
+        resume: ``True`` or ``'auto'``: go on from the last checkpoint in ``work_dir`` if there is one; a path: from
+            that one.
         amp: mixed precision, as ``--amp`` of the toolboxes.
         auto_scale_lr: as ``--auto-scale-lr`` of the toolboxes.
         launcher: ``'none'``, ``'pytorch'``, ``'slurm'`` or ``'mpi'``.
@@ -114,6 +119,8 @@ def train(
         ConfigError: a config that can not work, a data set or teacher file that is missing.
     """
     name = cfg.filename or ''
+    if cfg.get('model') is None:
+        raise ConfigError(f'model: {name or "the config"} has none, so there is nothing to train')
     cfg = copy.deepcopy(cfg) if distill else student_alone(cfg)
     cfg.work_dir, cfg.launcher = work_dir, launcher
     hooks = list(cfg.get('custom_hooks') or [])
@@ -138,20 +145,25 @@ def train(
         )
     cfg.custom_hooks = hooks
     if amp:
+        if get_device() in ('cpu', 'mps'):
+            raise ConfigError('--amp: mixed precision needs a GPU, and this machine shows none; train without --amp')
         cfg.optim_wrapper.type = 'AmpOptimWrapper'
         cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
     if auto_scale_lr:
-        if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
+        if 'base_batch_size' not in (cfg.get('auto_scale_lr') or {}):
             raise ConfigError('auto_scale_lr.base_batch_size: --auto-scale-lr needs it in the config')
         cfg.auto_scale_lr.enable = True
     if resume:
+        if resume not in (True, 'auto') and not osp.isfile(resume):
+            raise ConfigError(f'--resume: there is no checkpoint file {resume}')
         cfg.resume = True
         cfg.load_from = None if resume in (True, 'auto') else str(resume)
     check_data(cfg)
+    start_cpu_processes(cfg)
     runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
     runner.train()
     record = Path(work_dir) / 'record.json'
-    return RunRecord.load(record) if record.is_file() else None
+    return RunRecord.load(record) if is_main_process() and record.is_file() else None
 
 
 def _metric(cfg: Config) -> tuple[str, float] | None:
@@ -168,7 +180,7 @@ def _toolbox(cfg: Config) -> str:
     return scope if scope in ('mmseg', 'mmdet') else str(cfg.model.get('_scope_', scope))
 
 
-# -- data ----------------------------------------------------------------------------------------------------------------
+# -- data --------------------------------------------------------------------------------------------------------------
 
 
 def check_data(cfg: Config, parts: tuple[str, ...] = ('train_dataloader', 'val_dataloader')) -> None:
@@ -202,7 +214,7 @@ def _check_dataset(dataset: Mapping, key: str) -> None:
             raise ConfigError(f'{key}.data_prefix.{name}: there is no folder {osp.join(root, prefix)}{hint}')
 
 
-# -- evaluation ----------------------------------------------------------------------------------------------------------
+# -- evaluation --------------------------------------------------------------------------------------------------------
 
 
 def evaluate(
@@ -220,18 +232,24 @@ def evaluate(
     Raises:
         ConfigError: a checkpoint that is missing or is not that of this student, or missing data.
     """
+    if cfg.get('model') is None:
+        raise ConfigError('model: the config has none, so there is nothing to evaluate')
     cfg = student_alone(cfg)
     cfg.work_dir, cfg.launcher = work_dir, launcher
     cfg.load_from, cfg.resume = None, False
-    cfg.custom_hooks = [h for h in cfg.custom_hooks if not _is_type(h, 'EMAHook')]  # its average is what the checkpoint holds
+    # the average of an EMA hook is what the checkpoint holds
+    cfg.custom_hooks = [h for h in cfg.custom_hooks if not _is_type(h, 'EMAHook')]
     if cfg.get('test_dataloader') is None:
         raise ConfigError('test_dataloader: the config has none, so there is nothing to evaluate on')
     check_data(cfg, ('test_dataloader',))
     if official_cityscapes:
+        if _toolbox(cfg) != 'mmseg':
+            raise ConfigError('--official-cityscapes: scores label maps, and this is no segmentation config')
         evaluators = cfg.test_evaluator if isinstance(cfg.test_evaluator, list) else [cfg.test_evaluator]
         folder = osp.join(work_dir, 'cityscapes_predictions')
         official = dict(type='kd_dense.OfficialCityscapesMetric', output_dir=folder, prefix='cityscapesscripts')
         cfg.test_evaluator = [*evaluators, official]
+    start_cpu_processes(cfg)
     runner = Runner.from_cfg(cfg)
     load_student(runner.model, checkpoint)
     metrics = runner.test()
@@ -248,7 +266,9 @@ def load_student(model: torch.nn.Module, checkpoint: str) -> torch.nn.Module:
     try:
         (model.module if hasattr(model, 'module') else model).load_state_dict(state, strict=True)
     except RuntimeError as error:
-        raise ConfigError(f'CHECKPOINT: {checkpoint} is not a checkpoint of the student of this config: {_short(error)}') from None
+        raise ConfigError(
+            f'CHECKPOINT: {checkpoint} is not a checkpoint of the student of this config: {_short(error)}'
+        ) from None
     return model
 
 
@@ -256,14 +276,15 @@ def _short(error: Exception, lines: int = 3) -> str:
     return ' '.join(line.strip() for line in str(error).splitlines()[:lines])[:400]
 
 
-# -- looking at predictions ----------------------------------------------------------------------------------------------
+# -- looking at predictions --------------------------------------------------------------------------------------------
 
 
 def examples(cfg: Config, checkpoint: Mapping[str, str | None], count: int = 4) -> list[dict[str, np.ndarray]]:
     """Draw ground truth and predictions on images of the validation set.
 
     Args:
-        checkpoint: ``'student'``, ``'distilled'`` and ``'teacher'`` -> checkpoint; ``None`` for the teacher: the one in the config.
+        checkpoint: ``'student'``, ``'distilled'`` and ``'teacher'`` -> checkpoint; ``None`` for the teacher: the one in
+            the config.
 
     Returns:
         Per image: ``input``, ``truth`` and one entry per key of ``checkpoint``, each ``[H, W, 3]`` RGB, uint8.
@@ -278,7 +299,9 @@ def examples(cfg: Config, checkpoint: Mapping[str, str | None], count: int = 4) 
     painter = _painter(scope, dataset.metainfo)
     indices = np.linspace(0, len(dataset) - 1, min(count, len(dataset))).astype(int)
     batches = [_as_batch(dataset[int(i)]) for i in indices]
-    rows = [{'input': image, 'truth': painter(image, sample, True)} for image, sample in map(_image_and_sample, batches)]
+    rows = [
+        {'input': image, 'truth': painter(image, sample, True)} for image, sample in map(_image_and_sample, batches)
+    ]
     for name, path in checkpoint.items():
         model = _teacher_of(cfg) if name == 'teacher' and path is None else _student_of(cfg, path)
         for row, batch in zip(rows, batches, strict=True):
@@ -297,7 +320,9 @@ def _teacher_of(cfg: Config) -> torch.nn.Module:
     config = teacher['config']
     if isinstance(config, Mapping):
         config = dict({'_scope_': _toolbox(cfg)}, **config)
-    return build_teacher(config, teacher.get('checkpoint'), tuple(teacher.get('allow', ())), teacher.get('trusted', False))[0]
+    return build_teacher(
+        config, teacher.get('checkpoint'), tuple(teacher.get('allow', ())), teacher.get('trusted', False)
+    )[0]
 
 
 def _as_batch(item: dict) -> dict:

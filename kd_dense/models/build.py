@@ -1,4 +1,4 @@
-"""Build a student or a teacher from whatever a config may give: a path, a ``package::config``, a dict or a built module."""
+"""Build a student or a teacher from what a config may give: a path, a ``package::config``, a dict or a built module."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mmengine.config import Config, ConfigDict
+from mmengine.logging import print_log
 from mmengine.registry import MODELS, DefaultScope
 from torch import nn
 
@@ -63,14 +64,17 @@ def model_config(source: str | Mapping, key: str) -> ConfigDict:
         if 'type' not in source:
             raise ConfigError(f"{key}: a dict must be the model section of a config, with a 'type'")
         return ConfigDict(copy.deepcopy(dict(source)))
-    raise ConfigError(f'{key}: must be a config path, mmseg::... or mmdet::..., a model dict or a built module, not {source!r}')
+    raise ConfigError(
+        f'{key}: must be a config path, mmseg::... or mmdet::..., a model dict or a built module, not {source!r}'
+    )
 
 
 def build_model(source: str | Mapping | nn.Module, key: str, pretrained: bool = True) -> nn.Module:
     """Build the model that ``source`` describes; a built module is returned as it is.
 
     Args:
-        pretrained: keep the config's own initialisation from files; ``False`` for a teacher, all of whose weights are loaded.
+        pretrained: keep the config's own initialisation from files; ``False`` for a teacher, all of whose weights are
+            loaded.
     """
     if isinstance(source, nn.Module):
         return source
@@ -88,7 +92,9 @@ def build_model(source: str | Mapping | nn.Module, key: str, pretrained: bool = 
         raise ConfigError(f'{key}: the model can not be built: {error}') from error
 
 
-def build_teacher(config: Any, checkpoint: str | None, allow: tuple[str, ...] = (), trusted: bool = False) -> tuple[nn.Module, dict]:
+def build_teacher(
+    config: Any, checkpoint: str | None, allow: tuple[str, ...] = (), trusted: bool = False
+) -> tuple[nn.Module, dict]:
     """Build and load a teacher.
 
     Returns:
@@ -101,11 +107,13 @@ def build_teacher(config: Any, checkpoint: str | None, allow: tuple[str, ...] = 
         return config, {}
     if checkpoint is None:
         raise ConfigError(
-            'teacher.checkpoint: none is given, and a teacher with random weights teaches nothing; give the file of its trained weights'
+            'teacher.checkpoint: none is given, and a teacher with random weights teaches nothing; give the '
+            'file of its trained weights'
         )
     loaded = read_checkpoint(fetch(checkpoint), 'teacher.checkpoint', trusted)
     model = build_model(config, 'teacher.config', pretrained=False)
-    load_weights(model, checkpoints.state_dict_of(loaded), str(checkpoint), allow)
+    report = load_weights(model, checkpoints.state_dict_of(loaded), str(checkpoint), allow)
+    print_log(report, 'current')
     meta = loaded.get('meta') if isinstance(loaded.get('meta'), Mapping) else {}
     return model, dict(meta)
 
@@ -138,7 +146,10 @@ def fetch(checkpoint: str) -> str:
 
 
 def forget_pretrained(cfg: Any) -> None:
-    """Remove every ``pretrained`` and ``init_cfg`` from a model config, in place: their weights would be overwritten anyway."""
+    """Remove every ``pretrained`` and ``init_cfg`` from a model config, in place.
+
+    Their weights would be overwritten anyway.
+    """
     if isinstance(cfg, dict):
         for name in ('pretrained', 'init_cfg'):
             if name in cfg:

@@ -26,8 +26,8 @@ def describe(model: nn.Module, probe_size: tuple[int, int] | None = None) -> Des
     """Describe a segmentor of MMSegmentation or a detector of MMDetection.
 
     Args:
-        probe_size: ``(H, W)`` of the made-up image of the dry forward; ``None``: the fixed size of the model's data preprocessor
-            where it has one, else 320 x 320.
+        probe_size: ``(H, W)`` of the made-up image of the dry forward; ``None``: the fixed size of the model's data
+            preprocessor where it has one, else 320 x 320.
     """
     logits, tap = _logits(model)
     aliases = {'logits': [tap], 'branch_logits': [tap]} if isinstance(logits, Logits) else {}
@@ -56,7 +56,9 @@ def made_up_samples(model: nn.Module, count: int, size: tuple[int, int]) -> list
         return None
     from mmdet.structures import DetDataSample
 
-    meta = dict(img_shape=size, ori_shape=size, pad_shape=size, batch_input_shape=size, scale_factor=(1.0, 1.0), img_id=0)
+    meta = dict(
+        img_shape=size, ori_shape=size, pad_shape=size, batch_input_shape=size, scale_factor=(1.0, 1.0), img_id=0
+    )
     return [DetDataSample(metainfo=meta) for _ in range(count)]
 
 
@@ -104,7 +106,8 @@ def _segmentor_logits(model: nn.Module) -> tuple[Logits | str, str]:
     if name == 'SegmenterMaskTransformerHead':
         tap = path
     elif isinstance(getattr(head, 'conv_seg', None), nn.Module):
-        # The convolution, not the head: some heads return more than the logits, and in training other things than in evaluation.
+        # The convolution, not the head: some heads return more than the logits, and in training other things than in
+        # evaluation.
         tap = f'{path}.conv_seg'
     else:
         return f'{name} has no conv_seg that gives a logit per pixel and class' + _INSTEAD, ''

@@ -27,12 +27,12 @@ class Distillation(BaseModel):
     """A student that trains with its own loss and those of distillers, next to a frozen teacher.
 
     To its surroundings it is the student: ``state_dict`` gives and takes the student's plain weights, prediction is the
-    student's, and attributes that it does not have are looked up on the student (hooks that set ``model.bbox_head.use_l1``, say).
-    Only the training forward differs: teacher first, to its deepest tap and only if a distiller is active, then the student's
-    own loss, then the distillers.
+    student's, and attributes that it does not have are looked up on the student (hooks that set
+    ``model.bbox_head.use_l1``, say). Only the training forward differs: teacher first, to its deepest tap and only if a
+    distiller is active, then the student's own loss, then the distillers.
 
-    It needs :class:`~kd_dense.engine.DistillationHook` among the ``custom_hooks``: the hook tells it the training progress,
-    stores the distillation state in checkpoints, and checks class lists and gradients.
+    It needs :class:`~kd_dense.engine.DistillationHook` among the ``custom_hooks``: the hook tells it the training
+    progress, stores the distillation state in checkpoints, and checks class lists and gradients.
 
     Args:
         student: a config path (local or ``mmseg::...`` / ``mmdet::...``), a model dict, or a built module.
@@ -40,17 +40,20 @@ class Distillation(BaseModel):
             ``config``: as for ``student``;
             ``checkpoint``: file (or URL) of its trained weights;
             ``allow``: prefixes of tensors that may be missing from or left over in the file;
-            ``classes``: student class name -> teacher class name where they differ, or ``'ignore'`` not to compare the lists;
+            ``classes``: student class name -> teacher class name where they differ, or ``'ignore'`` not to compare the
+                lists;
             ``scale``: size of the teacher's input relative to the student's;
             ``trusted``: read the file without restrictions on what it may execute.
             A built module, with its weights loaded, may stand in place of the dict.
         distillers: name -> ``dict(type=..., loss_weight=..., ...)``.
         probe_size: ``(H, W)`` of the dry forward that finds the shapes; see :func:`~kd_dense.models.describe.describe`.
         seed: of the initialisation of the connectors.
-        data_preprocessor: MMEngine's runner hands a config's top-level one down to here; used when the student has none.
+        data_preprocessor: MMEngine's runner hands a config's top-level one down to here; used when the student has
+            none.
 
     Raises:
-        ConfigError: unknown keys, types or taps, a teacher that is missing or does not fit, shapes that do not go together.
+        ConfigError: unknown keys, types or taps, a teacher that is missing or does not fit, shapes that do not go
+            together.
     """
 
     def __init__(
@@ -95,7 +98,7 @@ class Distillation(BaseModel):
         self._register_load_state_dict_pre_hook(self._plain_to_own)
         print_log(f'teacher sees {self.teacher.remap or "the same images as the student"}', 'current')
 
-    # -- the student's identity ------------------------------------------------------------------------------------------
+    # -- the student's identity ----------------------------------------------------------------------------------------
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -106,14 +109,16 @@ class Distillation(BaseModel):
                 raise
             return getattr(modules['student'], name)
 
-    def state_dict(self, *args: Any, destination: dict | None = None, prefix: str = '', keep_vars: bool = False) -> dict:
+    def state_dict(
+        self, *args: Any, destination: dict | None = None, prefix: str = '', keep_vars: bool = False
+    ) -> dict:
         """The student's plain state dict: what a checkpoint holds. See :meth:`distillation_state` for the rest."""
         if args:  # the positional form that torch still accepts
             destination, prefix, keep_vars = (*args, *(destination, prefix, keep_vars)[len(args) :])
         return self.student.state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
 
     def _plain_to_own(self, state_dict: dict, prefix: str, *_: Any) -> None:
-        """Before loading: move the student's plain keys under ``student.``, and keep the rest of this model as it is."""
+        """Before loading: move the student's plain keys under ``student.``; the rest of this model stays as it is."""
         for key in [k for k in state_dict if k.startswith(prefix)]:
             state_dict[f'{prefix}student.{key[len(prefix) :]}'] = state_dict.pop(key)
         # Connectors and calibrated weights are no part of a plain student; they arrive by load_distillation_state.
@@ -122,7 +127,7 @@ class Distillation(BaseModel):
                 module.state_dict(destination=state_dict, prefix=f'{prefix}{name}.')
 
     def distillation_state(self) -> dict[str, Tensor]:
-        """Connectors, calibrated loss weights and buffers of the distillers: what lies beside the weights in a checkpoint."""
+        """What a checkpoint has beside the weights: connectors, calibrated loss weights, buffers of the distillers."""
         return self.distillers.state_dict()
 
     def load_distillation_state(self, state: Mapping[str, Tensor]) -> None:
@@ -134,7 +139,9 @@ class Distillation(BaseModel):
         try:
             self.distillers.load_state_dict(state)
         except RuntimeError as error:
-            raise ConfigError(f'distillers: the checkpoint was written with other distillers than this config has: {error}') from error
+            raise ConfigError(
+                f'distillers: the checkpoint was written with other distillers than this config has: {error}'
+            ) from error
 
     def init_weights(self) -> None:
         """Initialise the student as its own config says; connectors keep their seeded initialisation."""
@@ -147,15 +154,16 @@ class Distillation(BaseModel):
             self.teacher.follow(fn)
         return self
 
-    # -- forward ---------------------------------------------------------------------------------------------------------
+    # -- forward -------------------------------------------------------------------------------------------------------
 
     def forward(self, inputs: Tensor, data_samples: list | None = None, mode: str = 'tensor') -> Any:
-        """As the student's own forward; with ``mode='loss'`` the distillers' losses are added under ``kd.name.loss``."""
+        """As the student's own; with ``mode='loss'`` the distillers' losses are added under ``kd.name.loss``."""
         if mode != 'loss':
             return self.student(inputs, data_samples, mode=mode)
         if self.progress is None:
             raise ConfigError(
-                "custom_hooks: Distillation needs dict(type='kd_dense.DistillationHook') there to know the training progress"
+                "custom_hooks: Distillation needs dict(type='kd_dense.DistillationHook') there to know the "
+                'training progress'
             )
         active = self.distillers.active(self.progress)
         if not active:
@@ -163,7 +171,10 @@ class Distillation(BaseModel):
         context = self.context(inputs, data_samples)
         student_taps, teacher_taps = self.distillers.taps('student', active), self.distillers.taps('teacher', active)
         teacher_values = self.teacher(
-            teacher_taps, inputs, lambda images: self._run_teacher(images, data_samples, teacher_taps), context.image_sizes
+            teacher_taps,
+            inputs,
+            lambda images: self._run_teacher(images, data_samples, teacher_taps),
+            context.image_sizes,
         )
         with student_taps.record():
             losses = self.student(inputs, data_samples, mode='loss')

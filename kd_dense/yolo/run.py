@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import hashlib
+import json
 import os
 import time
 from collections.abc import Mapping
@@ -19,6 +21,7 @@ from kd_dense.analysis.record import RunRecord
 from kd_dense.checkpoint import atomic_write
 from kd_dense.errors import ConfigError
 from kd_dense.yolo.config import YoloConfig, load, read
+from kd_dense.yolo.evaluate import evaluate
 from kd_dense.yolo.trainer import DistillationTrainer, SegmentationDistillationTrainer, require_dataset
 
 #: Task -> (trainer of the student alone, trainer with a teacher).
@@ -90,6 +93,8 @@ def train(
     last = _checkpoint_to_resume(resume, folder)
     if last is not None:
         arguments.update(resume=str(last), save_dir=str(folder))
+    if distill and RANK in (-1, 0):
+        _score_teacher(source, settings, folder)  # before the trainer is made: it sets the seeds
     trainer = TRAINERS[arguments['task']][distill](overrides=arguments)
     observer = _Observer()
     for event in ('on_train_batch_start', 'on_train_batch_end', 'on_model_save'):
@@ -100,6 +105,25 @@ def train(
     record = _record(trainer, observer, distill, arguments['task'], str(source.filename or ''))
     record.save(folder)
     return record
+
+
+def _score_teacher(source: Config, settings: YoloConfig, folder: Path) -> None:
+    """Score the teacher on the validation images, once: ``teacher_score.json`` is kept while weights and data stay the same."""
+    checkpoint = Path(str(settings.teacher.get('checkpoint'))).expanduser()
+    if not checkpoint.is_file():
+        return  # the trainer says what is wrong with it
+    digest = hashlib.sha256(checkpoint.read_bytes())
+    digest.update(json.dumps([require_dataset(settings.data)['val'], settings.train.get('imgsz')]).encode())
+    path = folder / 'teacher_score.json'
+    try:
+        if json.loads(path.read_text())['key'] == digest.hexdigest():
+            return
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # none yet, or a broken one
+    score = evaluate(source, checkpoint, folder / 'teacher')
+    LOGGER.info('teacher on the validation set: ' + ', '.join(f'{k} {v:.4g}' for k, v in score.items()))
+    with atomic_write(path) as file:
+        file.write(json.dumps({'key': digest.hexdigest(), 'score': score}, indent=1).encode())
 
 
 def _arguments(settings: YoloConfig, folder: Path) -> dict[str, Any]:

@@ -113,7 +113,9 @@ def test_teacher_score__is_measured_once(run, tmp_path, monkeypatch):
 
 def test_student_alone__draws_the_same_random_numbers(run, tmp_path, teacher, data):
     """A distillation that has not begun trains exactly like the student alone."""
-    cfg = tiny.segmentation_run(distillation(teacher, cwd=dict(type='CWD', loss_weight=dict(value=1.0, start=0.99))), data)
+    cfg = tiny.segmentation_run(
+        distillation(teacher, cwd=dict(type='CWD', loss_weight=dict(value=1.0, start=0.99))), data
+    )
     train(cfg, str(tmp_path / 'a'), seed=1)
     train(cfg, str(tmp_path / 'b'), seed=1, distill=False)
     a, b = weights(tmp_path / 'a/iter_4.pth')['state_dict'], weights(tmp_path / 'b/iter_4.pth')['state_dict']
@@ -130,11 +132,16 @@ def test_ema_and_accumulation__leave_a_plain_student(teacher, data, tmp_path):
     plain.load_state_dict(checkpoint['state_dict'], strict=True)
     # teacher (8 channels) nowhere, connectors only where they belong
     assert set(checkpoint['ema_state_dict']) == {'steps'} | {f'module.{k}' for k in plain.state_dict()}
-    assert not torch.equal(checkpoint['state_dict']['decode_head.conv_seg.weight'], checkpoint['ema_state_dict']['module.decode_head.conv_seg.weight'])
+    assert not torch.equal(
+        checkpoint['state_dict']['decode_head.conv_seg.weight'],
+        checkpoint['ema_state_dict']['module.decode_head.conv_seg.weight'],
+    )
 
 
 def test_connector_without_gradient__stops_the_run(teacher, data, tmp_path, monkeypatch):
-    monkeypatch.setitem(LOSSES.module_dict, 'dead', lambda s, t, mask=None: (s.detach() - t).square().mean() + 0 * s.sum())
+    monkeypatch.setitem(
+        LOSSES.module_dict, 'dead', lambda s, t, mask=None: (s.detach() - t).square().mean() + 0 * s.sum()
+    )
     method = dict(type='FeatureMimic', taps='backbone:3', loss='dead')
     with pytest.raises(DistillationError, match=r'distillers\.m: no gradient reached connectors\.0'):
         train(tiny.segmentation_run(distillation(teacher, m=method), data), str(tmp_path))
@@ -142,10 +149,10 @@ def test_connector_without_gradient__stops_the_run(teacher, data, tmp_path, monk
 
 def test_class_lists__are_compared_by_name(data, tmp_path):
     config = tiny.segmentor(8)
-    other = tuple(['road', *CLASSES[1:]])
+    other = ('road', *CLASSES[1:])
     teacher = dict(config=config, checkpoint=tiny.saved(config, tmp_path / 't.pth', other))
     cfg = tiny.segmentation_run(distillation(teacher), data)
-    with pytest.raises(ConfigError, match=r"classes differ.*lacks background.*adds road"):
+    with pytest.raises(ConfigError, match=r'classes differ.*lacks background.*adds road'):
         train(cfg, str(tmp_path / 'a'))
     cfg.model.teacher.classes = {'background': 'road'}
     assert train(cfg, str(tmp_path / 'b')).finished
@@ -167,7 +174,9 @@ def test_evaluate__refuses_another_models_checkpoint(run, teacher, tmp_path):
 
 def test_examples__draws_every_model(run):
     cfg, work_dir, _ = run
-    rows = examples(cfg, {'student': str(work_dir / 'iter_2.pth'), 'distilled': str(work_dir / 'iter_4.pth'), 'teacher': None}, 2)
+    rows = examples(
+        cfg, {'student': str(work_dir / 'iter_2.pth'), 'distilled': str(work_dir / 'iter_4.pth'), 'teacher': None}, 2
+    )
     assert len(rows) == 2
     assert all(set(row) == {'input', 'truth', 'student', 'distilled', 'teacher'} for row in rows)
     assert all(image.shape == (64, 64, 3) and image.dtype == 'uint8' for row in rows for image in row.values())

@@ -56,7 +56,7 @@ def segmentor(width: int = 4, classes: int = 7, **head: Any) -> dict:
 
 
 def detector(kind: str = 'RetinaNet', width: int = 4, classes: int = 6, depth: int = 18) -> dict:
-    """An mmdet detector (``RetinaNet``, ``GFL``, ``FCOS`` or ``FasterRCNN``) on ResNet-18 and FPN of ``width`` channels."""
+    """An mmdet detector (``RetinaNet``, ``GFL``, ``FCOS`` or ``FasterRCNN``), ResNet and FPN of ``width`` channels."""
     backbone = dict(
         type='ResNet',
         depth=depth,
@@ -131,7 +131,9 @@ def detector(kind: str = 'RetinaNet', width: int = 4, classes: int = 6, depth: i
             reg_max=8,
             loss_bbox=dict(type='GIoULoss', loss_weight=2.0),
         )
-        model['train_cfg'] = dict(assigner=dict(type='ATSSAssigner', topk=9), allowed_border=-1, pos_weight=-1, debug=False)
+        model['train_cfg'] = dict(
+            assigner=dict(type='ATSSAssigner', topk=9), allowed_border=-1, pos_weight=-1, debug=False
+        )
     elif kind == 'FCOS':
         model['bbox_head'] = dict(
             type='FCOSHead',
@@ -148,7 +150,9 @@ def detector(kind: str = 'RetinaNet', width: int = 4, classes: int = 6, depth: i
             type='RPNHead',
             in_channels=4 * width,
             feat_channels=4 * width,
-            anchor_generator=dict(type='AnchorGenerator', scales=[4], ratios=[0.5, 1.0, 2.0], strides=[4, 8, 16, 32, 64]),
+            anchor_generator=dict(
+                type='AnchorGenerator', scales=[4], ratios=[0.5, 1.0, 2.0], strides=[4, 8, 16, 32, 64]
+            ),
             bbox_coder=delta,
             loss_cls=dict(type='CrossEntropyLoss', use_sigmoid=True, loss_weight=1.0),
             loss_bbox=dict(type='L1Loss', loss_weight=1.0),
@@ -188,7 +192,9 @@ def detector(kind: str = 'RetinaNet', width: int = 4, classes: int = 6, depth: i
 
 def deformable_detr(embed: int = 16, classes: int = 6, queries: int = 10) -> dict:
     """An mmdet ``DeformableDETR`` with one encoder and two decoder layers."""
-    layer = dict(self_attn_cfg=dict(embed_dims=embed, num_heads=2), ffn_cfg=dict(embed_dims=embed, feedforward_channels=16))
+    layer = dict(
+        self_attn_cfg=dict(embed_dims=embed, num_heads=2), ffn_cfg=dict(embed_dims=embed, feedforward_channels=16)
+    )
     return dict(
         type='DeformableDETR',
         _scope_='mmdet',
@@ -200,7 +206,9 @@ def deformable_detr(embed: int = 16, classes: int = 6, queries: int = 10) -> dic
         backbone=dict(
             type='ResNet', depth=18, stem_channels=4, base_channels=4, num_stages=4, out_indices=(2, 3), norm_cfg=NORM
         ),
-        neck=dict(type='ChannelMapper', in_channels=[16, 32], kernel_size=1, out_channels=embed, norm_cfg=None, num_outs=2),
+        neck=dict(
+            type='ChannelMapper', in_channels=[16, 32], kernel_size=1, out_channels=embed, norm_cfg=None, num_outs=2
+        ),
         encoder=dict(
             num_layers=1,
             layer_cfg=dict(
@@ -264,7 +272,9 @@ def segmentation_batch(count: int = 2, size: tuple[int, int] = SIZE, classes: in
         labels = torch.randint(0, classes, (1, *size))
         labels[:, :4] = 255
         samples.append(SegDataSample(gt_sem_seg=PixelData(data=labels), metainfo=dict(img_shape=size, ori_shape=size)))
-    return dict(inputs=[torch.randint(0, 256, (3, *size), dtype=torch.uint8) for _ in range(count)], data_samples=samples)
+    return dict(
+        inputs=[torch.randint(0, 256, (3, *size), dtype=torch.uint8) for _ in range(count)], data_samples=samples
+    )
 
 
 def detection_batch(sizes: tuple[tuple[int, int], ...] = (SIZE, (48, 64)), classes: int = 6, boxes: int = 3) -> dict:
@@ -276,7 +286,8 @@ def detection_batch(sizes: tuple[tuple[int, int], ...] = (SIZE, (48, 64)), class
     for i, (h, w) in enumerate(sizes):
         corner = torch.rand(boxes, 2) * torch.tensor([w / 2, h / 2])
         instances = InstanceData(
-            bboxes=torch.cat([corner, corner + 8 + torch.rand(boxes, 2) * 20], 1), labels=torch.randint(0, classes, (boxes,))
+            bboxes=torch.cat([corner, corner + 8 + torch.rand(boxes, 2) * 20], 1),
+            labels=torch.randint(0, classes, (boxes,)),
         )
         meta = dict(img_shape=(h, w), ori_shape=(h, w), scale_factor=(1.0, 1.0), img_id=i, pad_shape=(h, w))
         samples.append(DetDataSample(gt_instances=instances, metainfo=meta))

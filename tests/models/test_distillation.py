@@ -36,7 +36,7 @@ def losses_of(model, batch=None):
     return model(**data, mode='loss')
 
 
-# -- the student's identity ----------------------------------------------------------------------------------------------
+# -- the student's identity --------------------------------------------------------------------------------------------
 
 
 def test_state_dict__is_that_of_the_plain_student(teacher):
@@ -72,7 +72,7 @@ def test_attributes__are_looked_up_on_the_student(teacher):
         model.no_such_thing  # noqa: B018
 
 
-# -- the teacher ---------------------------------------------------------------------------------------------------------
+# -- the teacher -------------------------------------------------------------------------------------------------------
 
 
 def test_teacher__is_nowhere_in_the_trained_model(teacher):
@@ -151,7 +151,7 @@ def test_teacher__sees_images_normalised_for_itself(tmp_path):
     torch.testing.assert_close(seen[0], expected, rtol=1e-4, atol=1e-3)
 
 
-# -- training ------------------------------------------------------------------------------------------------------------
+# -- training ----------------------------------------------------------------------------------------------------------
 
 
 def test_loss__is_the_students_own_plus_weighted_terms(teacher):
@@ -222,7 +222,9 @@ def test_detectors__every_family_takes_a_step(kind, distillers, tmp_path):
 
 
 def test_detectors__any_named_module_can_be_tapped(tmp_path):
-    teacher = dict(config=tiny.detector('FasterRCNN', 8), checkpoint=tiny.saved(tiny.detector('FasterRCNN', 8), tmp_path / 'a.pth'))
+    teacher = dict(
+        config=tiny.detector('FasterRCNN', 8), checkpoint=tiny.saved(tiny.detector('FasterRCNN', 8), tmp_path / 'a.pth')
+    )
     model = Distillation(
         tiny.detector('FasterRCNN', 4), teacher, {'rpn': dict(type='FeatureMimic', taps='rpn_head.rpn_conv')}
     )
@@ -231,7 +233,9 @@ def test_detectors__any_named_module_can_be_tapped(tmp_path):
 
 
 def test_context__knows_boxes_and_padding(tmp_path):
-    teacher = dict(config=tiny.detector('RetinaNet', 8), checkpoint=tiny.saved(tiny.detector('RetinaNet', 8), tmp_path / 'a.pth'))
+    teacher = dict(
+        config=tiny.detector('RetinaNet', 8), checkpoint=tiny.saved(tiny.detector('RetinaNet', 8), tmp_path / 'a.pth')
+    )
     model = Distillation(tiny.detector('RetinaNet', 4), teacher, {'m': dict(type='FeatureMimic', taps='neck')})
     model.progress = 0.25
     data = model.data_preprocessor(tiny.detection_batch(((64, 64), (48, 40))), True)
@@ -252,12 +256,13 @@ def test_images_without_boxes__work(tmp_path):
     assert torch.isfinite(losses['kd.l.loss'])
 
 
-# -- sources of student and teacher --------------------------------------------------------------------------------------
+# -- sources of student and teacher ------------------------------------------------------------------------------------
 
 
 def test_sources__path_package_dict_and_module(teacher, tmp_path):
     path = tmp_path / 'student.py'
-    path.write_text(f"default_scope = 'mmseg'\nmodel = {({k: v for k, v in tiny.segmentor(4).items() if k != '_scope_'})!r}\n")
+    model = {k: v for k, v in tiny.segmentor(4).items() if k != '_scope_'}
+    path.write_text(f"default_scope = 'mmseg'\nmodel = {model!r}\n")
     distillers = {'cwd': dict(type='CWD')}
     by_path = Distillation(str(path), teacher, distillers)
     by_module = Distillation(build_model(tiny.segmentor(4), 'student'), teacher, distillers)
@@ -269,23 +274,38 @@ def test_sources__path_package_dict_and_module(teacher, tmp_path):
     assert model_config('mmdet::gfl/gfl_r50_fpn_1x_coco.py', 'student')['_scope_'] == 'mmdet'
 
 
-# -- bad input -----------------------------------------------------------------------------------------------------------
+# -- bad input ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ('change', 'message'),
     [
-        (dict(distillers={'a': dict(type='LogitsKD')}), r"distillers\.a: unknown distiller 'LogitsKD'; did you mean 'LogitKD'"),
-        (dict(distillers={'a': dict(type='LogitKD', temprature=2.0)}), r"distillers\.a: LogitKD has no option 'temprature'; did you mean 'temperature'"),
-        (dict(distillers={'a': dict(type='FeatureMimic', taps='backbone.layer5')}), r"distillers\.a\.taps \(student\).*'backbone\.layer5'; did you mean 'backbone\.layer"),
-        (dict(distillers={'a': dict(type='FeatureMimic', taps='backbone:3', loss='mes')}), r"distillers\.a: loss: unknown loss 'mes'; did you mean 'mse'"),
+        (
+            dict(distillers={'a': dict(type='LogitsKD')}),
+            r"distillers\.a: unknown distiller 'LogitsKD'; did you mean 'LogitKD'",
+        ),
+        (
+            dict(distillers={'a': dict(type='LogitKD', temprature=2.0)}),
+            r"distillers\.a: LogitKD has no option 'temprature'; did you mean 'temperature'",
+        ),
+        (
+            dict(distillers={'a': dict(type='FeatureMimic', taps='backbone.layer5')}),
+            r"distillers\.a\.taps \(student\).*'backbone\.layer5'; did you mean 'backbone\.layer",
+        ),
+        (
+            dict(distillers={'a': dict(type='FeatureMimic', taps='backbone:3', loss='mes')}),
+            r"distillers\.a: loss: unknown loss 'mes'; did you mean 'mse'",
+        ),
         (dict(distillers={'a': dict(type='CWD', loss_weight=-1)}), r'distillers\.a\.loss_weight: .*>= 0'),
         (dict(distillers={'a': dict(type='CWD', loss_weight=float('nan'))}), r'distillers\.a\.loss_weight'),
-        (dict(distillers={'a': dict(type='CWD', loss_weight=dict(shere=1))}), r"no option 'shere'; did you mean 'share'"),
+        (
+            dict(distillers={'a': dict(type='CWD', loss_weight=dict(shere=1))}),
+            r"no option 'shere'; did you mean 'share'",
+        ),
         (dict(distillers={}), 'at least one entry'),
         (dict(distilers={}), "no option 'distilers'; did you mean 'distillers'"),
     ],
-)  # fmt: skip
+)
 def test_bad_input__one_sentence_with_the_key(teacher, change, message):
     arguments = dict(student=tiny.segmentor(4), teacher=teacher, distillers=ALL) | change
     with pytest.raises(ConfigError, match=message):
@@ -327,5 +347,5 @@ def test_class_numbers__must_agree_for_logits(teacher):
 def test_without_the_hook__training_stops_with_a_sentence(teacher):
     model = segmentation(teacher)
     model.progress = None
-    with pytest.raises(ConfigError, match=r"custom_hooks: .*kd_dense\.DistillationHook"):
+    with pytest.raises(ConfigError, match=r'custom_hooks: .*kd_dense\.DistillationHook'):
         losses_of(model)

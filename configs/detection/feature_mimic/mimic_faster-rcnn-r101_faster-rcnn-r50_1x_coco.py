@@ -3,7 +3,8 @@
 #   mim download mmdet --config faster-rcnn_r101_fpn_2x_coco --dest checkpoints
 #   python tools/train.py configs/detection/feature_mimic/mimic_faster-rcnn-r101_faster-rcnn-r50_1x_coco.py
 #
-# MMDetection publishes 39.8 AP for this teacher and 37.4 for the student alone. The distilled score is not measured here.
+# MMDetection publishes 39.8 AP for this teacher and 37.4 for the student alone. The distilled score is not measured
+# here.
 _base_ = ['mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py', '../../_base_/runtime.py']
 
 model = dict(

@@ -3,8 +3,8 @@
 #   mim download mmdet --config gfl_r50_fpn_1x_coco --dest checkpoints
 #   python tools/train.py configs/detection/logit_kd/logitkd_gfl-r50_gfl-r18_1x_coco.py
 #
-# MMDetection publishes 40.2 AP for this teacher, and 35.8 for GFL R18 alone (in its LD table). The distilled score is not
-# measured here.
+# MMDetection publishes 40.2 AP for this teacher, and 35.8 for GFL R18 alone (in its LD table). The distilled score is
+# not measured here.
 _base_ = ['../students/gfl_r18_fpn_1x_coco.py', '../../_base_/runtime.py']
 
 model = dict(

@@ -3,8 +3,8 @@
 #   mim download mmsegmentation --config pspnet_r101-d8_4xb2-80k_cityscapes-512x1024 --dest checkpoints
 #   python tools/train.py configs/segmentation/cwd/cwd_pspnet-r101_pspnet-r18_80k_cityscapes-512x1024.py
 #
-# MMSegmentation publishes 79.76 mIoU for this teacher and 74.87 for the student alone; MMRazor publishes 75.54 for its own
-# CWD recipe of this pair (temperature 1, weight 5). Our distilled score is not measured here.
+# MMSegmentation publishes 79.76 mIoU for this teacher and 74.87 for the student alone; MMRazor publishes 75.54 for its
+# own CWD recipe of this pair (temperature 1, weight 5). Our distilled score is not measured here.
 _base_ = ['mmseg::pspnet/pspnet_r18-d8_4xb2-80k_cityscapes-512x1024.py', '../../_base_/runtime.py']
 
 model = dict(

@@ -6,7 +6,8 @@
 #   python tools/test.py configs/segmentation/logit_kd/logitkd_segformer-b2_segformer-b0_160k_cityscapes-1024x1024.py \
 #       work_dirs/logitkd_segformer-b2_segformer-b0_160k_cityscapes-1024x1024/iter_160000.pth --official-cityscapes
 #
-# MMSegmentation publishes 81.08 mIoU for this teacher and 76.54 for the student alone. The distilled score is not measured here.
+# MMSegmentation publishes 81.08 mIoU for this teacher and 76.54 for the student alone. The distilled score is not
+# measured here.
 _base_ = ['mmseg::segformer/segformer_mit-b0_8xb1-160k_cityscapes-1024x1024.py', '../../_base_/runtime.py']
 
 model = dict(
@@ -18,8 +19,8 @@ model = dict(
         checkpoint='checkpoints/segformer_mit-b2_8x1_1024x1024_160k_cityscapes_20211207_134205-6096669a.pth',
     ),
     distillers=dict(
-        # A higher temperature shows more of the teacher's second choices. 'auto' sizes the term so that its gradient at the
-        # logits is a tenth of that of the cross entropy; a number replaces it.
+        # A higher temperature shows more of the teacher's second choices. 'auto' sizes the term so that its gradient at
+        # the logits is a tenth of that of the cross entropy; a number replaces it.
         logits=dict(type='LogitKD', temperature=4.0, loss_weight=dict(type='auto', share=0.1)),
     ),
 )
