@@ -15,11 +15,11 @@ from pathlib import Path
 sys.path.insert(0, osp.dirname(osp.abspath(__file__)))  # tools.compare
 sys.path.insert(0, osp.dirname(osp.dirname(osp.abspath(__file__))))
 
-import compare  # noqa: E402
+import compare
 
-from kd_dense.data.scenes import generate  # noqa: E402
-from kd_dense.engine.run import load_config, train_any  # noqa: E402
-from kd_dense.errors import exit_with_sentence  # noqa: E402
+from kd_dense.data.scenes import generate
+from kd_dense.engine.run import load_config, train_any
+from kd_dense.errors import exit_with_sentence
 
 ROOT = Path(__file__).resolve().parent.parent
 TASKS = ('segmentation', 'detection', 'yolo')

@@ -108,7 +108,7 @@ def train(
 
 
 def _score_teacher(source: Config, settings: YoloConfig, folder: Path) -> None:
-    """Score the teacher on the validation images, once: ``teacher_score.json`` is kept while weights and data stay the same."""
+    """Score the teacher on the validation images; the score is kept while its weights and the data stay the same."""
     checkpoint = Path(str(settings.teacher.get('checkpoint'))).expanduser()
     if not checkpoint.is_file():
         return  # the trainer says what is wrong with it

@@ -1,6 +1,7 @@
 """Short runs of the trainers."""
 
 import csv
+import json
 import logging
 from pathlib import Path
 
@@ -316,3 +317,16 @@ def test_a_missing_data_set_is_not_downloaded(write_config, tmp_path, monkeypatc
         kd_dense.yolo.train(write_config(data=str(tmp_path / 'absent.yaml')), tmp_path / 'run')
     with pytest.raises(ConfigError, match='data: .*nowhere.yaml'):
         kd_dense.yolo.train(write_config(data='nowhere.yaml'), tmp_path / 'run')
+
+
+def test_the_teacher_is_scored_once(write_config, tmp_path, monkeypatch):
+    config = write_config()
+    kd_dense.yolo.train(config, tmp_path / 'run')
+    stored = json.loads((tmp_path / 'run' / 'teacher_score.json').read_text())['score']
+    settings = kd_dense.yolo.config.read(config)
+    score = YOLO(settings.teacher['checkpoint']).val(
+        data=settings.data, imgsz=64, batch=4, workers=0, device='cpu', plots=False
+    )
+    assert stored['metrics/mAP50-95(B)'] == pytest.approx(score.box.map, abs=1e-6)
+    monkeypatch.setattr('kd_dense.yolo.run.evaluate', lambda *_: pytest.fail('scored again'))
+    kd_dense.yolo.train(config, tmp_path / 'run')
