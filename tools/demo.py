@@ -37,7 +37,7 @@ def main() -> None:
     args = parse_args()
     scenes, work_dir = Path('work_dirs/scenes'), Path(f'work_dirs/demo_{args.task}')
     step(f'1/3 generating scenes in {scenes}')
-    generate(scenes, train=400, val=100, size=(128, 128), seed=0, difficulty=0.15)
+    generate(scenes, train=800, val=100, size=(128, 128), seed=0, difficulty=0.0)
     teacher = work_dir / 'teacher'
     if (teacher / 'record.json').is_file():
         step(f'2/3 the teacher is trained already: {teacher}')

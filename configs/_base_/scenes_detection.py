@@ -1,6 +1,6 @@
 # Generated scenes as COCO, 6 classes, 128 x 128.
 #
-#   python tools/make_scenes.py --out work_dirs/scenes --train 400 --val 100
+#   python tools/make_scenes.py --out work_dirs/scenes --train 800 --val 100 --difficulty 0
 custom_imports = dict(imports=['kd_dense'], allow_failed_imports=False)
 default_scope = 'mmdet'
 

@@ -12,8 +12,7 @@ model = dict(
         config='configs/demo/detection_teacher.py', checkpoint='work_dirs/demo_detection/teacher/epoch_12.pth'
     ),
     distillers=dict(
-        # Class predictions at every anchor, and the patterns of the pyramid levels behind them.
-        logits=dict(type='LogitKD', temperature=1.0, loss_weight=1.0),
+        # The pattern of every pyramid level: where it responds, not how strongly.
         neck=dict(type='NFD', taps='neck', loss_weight=1.0),
     ),
 )

@@ -12,9 +12,7 @@ model = dict(
         config='configs/demo/segmentation_teacher.py', checkpoint='work_dirs/demo_segmentation/teacher/iter_800.pth'
     ),
     distillers=dict(
-        # Softened class predictions at every pixel: the teacher's doubts about which classes look alike.
-        logits=dict(type='LogitKD', temperature=2.0, loss_weight=1.0),
         # The pattern of the joined features before the classifier: what a short training learns last.
-        head=dict(type='NFD', taps='decode_head.fusion_conv', loss_weight=1.0),
+        head=dict(type='NFD', taps='decode_head.fusion_conv', loss_weight=2.0),
     ),
 )

@@ -3,8 +3,7 @@
 student = 'configs/demo/yolo_student.yaml'
 teacher = dict(checkpoint='work_dirs/demo_yolo/teacher/weights/last.pt')
 distillers = dict(
-    # Class predictions of every cell, and the patterns of the levels that feed the head.
-    logits=dict(type='LogitKD', temperature=1.0, loss_weight=1.0),
+    # The pattern of the levels that feed the head: where they respond, not how strongly.
     neck=dict(type='NFD', taps='neck', loss_weight=1.0),
 )
 data = 'work_dirs/scenes/scenes.yaml'
