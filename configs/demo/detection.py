@@ -9,7 +9,7 @@ model = dict(
     type='kd_dense.Distillation',
     student={{_base_.model}},
     teacher=dict(
-        config='configs/demo/detection_teacher.py', checkpoint='work_dirs/demo_detection/teacher/epoch_12.pth'
+        config='configs/demo/detection_teacher.py', checkpoint='work_dirs/demo_detection/teacher/epoch_9.pth'
     ),
     distillers=dict(
         # The pattern of every pyramid level: where it responds, not how strongly.

@@ -7,7 +7,7 @@ model = dict(
     bbox_head=dict(in_channels=16, feat_channels=16),
 )
 
-max_epochs = 8
+max_epochs = 6
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.1, by_epoch=False, begin=0, end=50),
     dict(
@@ -20,5 +20,5 @@ param_scheduler = [
         convert_to_iter_based=True,
     ),
 ]
-train_cfg = dict(max_epochs=max_epochs, val_interval=4)
-default_hooks = dict(checkpoint=dict(interval=4))
+train_cfg = dict(max_epochs=max_epochs, val_interval=3)
+default_hooks = dict(checkpoint=dict(interval=3))

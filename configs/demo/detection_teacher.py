@@ -46,7 +46,7 @@ model = dict(
     ),
 )
 
-max_epochs = 12
+max_epochs = 9
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.1, by_epoch=False, begin=0, end=50),
     dict(
@@ -60,5 +60,5 @@ param_scheduler = [
     ),
 ]
 train_dataloader = dict(batch_size=16)
-train_cfg = dict(max_epochs=max_epochs, val_interval=4)
-default_hooks = dict(checkpoint=dict(interval=4))
+train_cfg = dict(max_epochs=max_epochs, val_interval=3)
+default_hooks = dict(checkpoint=dict(interval=3))

@@ -8,7 +8,7 @@ distillers = dict(
 )
 data = 'work_dirs/scenes/scenes.yaml'
 train = dict(
-    epochs=10,
+    epochs=6,
     imgsz=128,
     batch=16,
     nbs=16,  # Ultralytics gathers gradients of 64 images by default: too few steps for so short a training

@@ -2,7 +2,7 @@
 student = 'configs/demo/yolo_teacher.yaml'
 data = 'work_dirs/scenes/scenes.yaml'
 train = dict(
-    epochs=16,
+    epochs=10,
     imgsz=128,
     batch=16,
     nbs=16,  # Ultralytics gathers gradients of 64 images by default: too few steps for so short a training
