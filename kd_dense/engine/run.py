@@ -347,10 +347,26 @@ def _painter(scope: str, metainfo: Mapping) -> Callable[[np.ndarray, Any, bool],
         sample = sample.detach().cpu() if hasattr(sample, 'detach') else sample
         if truth:  # ground truth is in the coordinates of the resized image; predictions are in those of the original
             sample = _rescaled_truth(sample)
+        image, sample = _enlarged(image, sample)
         visualizer.add_datasample('', image, sample, draw_gt=truth, draw_pred=not truth, pred_score_thr=0.3)
         return visualizer.get_image()
 
     return paint
+
+
+def _enlarged(image: np.ndarray, sample: Any, side: int = 480) -> tuple[np.ndarray, Any]:
+    """A small image and its boxes, enlarged so that the labels of the boxes do not cover it."""
+    factor = max(1, round(side / max(image.shape[:2])))
+    if factor > 1:
+        image = np.ascontiguousarray(image.repeat(factor, 0).repeat(factor, 1))
+        sample = copy.deepcopy(sample)
+        for instances in (sample.get('gt_instances'), sample.get('pred_instances')):
+            if instances is not None:
+                boxes = instances.bboxes
+                instances.bboxes = getattr(boxes, 'tensor', boxes) * factor
+                if 'masks' in instances:
+                    del instances.masks
+    return image, sample
 
 
 def _paint_labels(sample: Any, truth: bool, metainfo: Mapping) -> np.ndarray:
