@@ -20,5 +20,6 @@ param_scheduler = [
         convert_to_iter_based=True,
     ),
 ]
+train_dataloader = dict(batch_size=8)
 train_cfg = dict(max_epochs=max_epochs, val_interval=3)
 default_hooks = dict(checkpoint=dict(interval=3))
