@@ -121,6 +121,7 @@ class Sandbox:
         text = block.text
         for original, substitute in SUBSTITUTES.items():
             text = text.replace(original, substitute)
+        assert 'epochs=100' not in text, f'{block}: would train for 100 epochs; SUBSTITUTES no longer matches it'
         if block.file is None:
             exec(compile(text, str(block), 'exec'), {'__name__': '__main__'})
             return
