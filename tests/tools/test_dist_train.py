@@ -118,7 +118,7 @@ def test_two_processes__train_like_one(scenes, tmp_path):
     cfg.dump(str(tmp_path / 'two.py'))
     done = dist_train(tmp_path / 'two.py', 2, '--work-dir', tmp_path / 'two', cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count('plain student checkpoint') == 1
+    assert done.stdout.count('plain checkpoint') == 1
 
     facts = [json.loads((tmp_path / f'two/witness_{rank}.json').read_text()) for rank in (0, 1)]
     one = torch.load(tmp_path / f'one/iter_{STEPS}.pth', weights_only=False)
