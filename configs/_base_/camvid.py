@@ -1,5 +1,7 @@
 # CamVid, 11 classes, at half resolution (240 x 180): road scenes that a CPU can train on.
 # The folder with images/{train,val} and labels/{train,val} is data/camvid, or what KD_DENSE_CAMVID says.
+_base_ = ['./cpu_iters.py']
+
 custom_imports = dict(imports=['kd_dense'], allow_failed_imports=False)
 default_scope = 'mmseg'
 
@@ -46,26 +48,8 @@ val_evaluator = dict(type='IoUMetric', iou_metrics=['mIoU'])
 test_evaluator = val_evaluator
 
 max_iters = 400
-optim_wrapper = dict(type='OptimWrapper', optimizer=dict(type='AdamW', lr=2e-3, weight_decay=0.01))
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.1, by_epoch=False, begin=0, end=50),
     dict(type='PolyLR', power=0.9, eta_min=1e-5, by_epoch=False, begin=50, end=max_iters),
 ]
 train_cfg = dict(type='IterBasedTrainLoop', max_iters=max_iters, val_interval=200)
-val_cfg = dict(type='ValLoop')
-test_cfg = dict(type='TestLoop')
-default_hooks = dict(
-    timer=dict(type='IterTimerHook'),
-    logger=dict(type='LoggerHook', interval=50, log_metric_by_epoch=False),
-    param_scheduler=dict(type='ParamSchedulerHook'),
-    checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=200, max_keep_ckpts=2),
-    sampler_seed=dict(type='DistSamplerSeedHook'),
-)
-env_cfg = dict(
-    cudnn_benchmark=False, mp_cfg=dict(mp_start_method='fork', opencv_num_threads=1), dist_cfg=dict(backend='nccl')
-)
-log_processor = dict(by_epoch=False, window_size=50)
-log_level = 'INFO'
-randomness = dict(seed=0)
-load_from = None
-resume = False

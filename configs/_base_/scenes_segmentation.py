@@ -1,6 +1,8 @@
 # Generated scenes in Cityscapes layout, 7 classes, 128 x 128.
 #
 #   python tools/make_scenes.py --out work_dirs/scenes --train 800 --val 100 --difficulty 0
+_base_ = ['./cpu_iters.py']
+
 custom_imports = dict(imports=['kd_dense'], allow_failed_imports=False)
 default_scope = 'mmseg'
 
@@ -44,26 +46,8 @@ test_evaluator = val_evaluator
 
 # AdamW, polynomial decay: converges within the few hundred iterations that a CPU can afford.
 max_iters = 600
-optim_wrapper = dict(type='OptimWrapper', optimizer=dict(type='AdamW', lr=2e-3, weight_decay=0.01))
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.1, by_epoch=False, begin=0, end=50),
     dict(type='PolyLR', power=0.9, eta_min=1e-5, by_epoch=False, begin=50, end=max_iters),
 ]
 train_cfg = dict(type='IterBasedTrainLoop', max_iters=max_iters, val_interval=200)
-val_cfg = dict(type='ValLoop')
-test_cfg = dict(type='TestLoop')
-default_hooks = dict(
-    timer=dict(type='IterTimerHook'),
-    logger=dict(type='LoggerHook', interval=50, log_metric_by_epoch=False),
-    param_scheduler=dict(type='ParamSchedulerHook'),
-    checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=200, max_keep_ckpts=2),
-    sampler_seed=dict(type='DistSamplerSeedHook'),
-)
-env_cfg = dict(
-    cudnn_benchmark=False, mp_cfg=dict(mp_start_method='fork', opencv_num_threads=1), dist_cfg=dict(backend='nccl')
-)
-log_processor = dict(by_epoch=False, window_size=50)
-log_level = 'INFO'
-randomness = dict(seed=0)
-load_from = None
-resume = False
