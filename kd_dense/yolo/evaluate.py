@@ -18,7 +18,9 @@ from ultralytics.utils import LOGGER
 
 from kd_dense.errors import ConfigError
 from kd_dense.yolo.config import read
+from kd_dense.yolo.teacher import read_checkpoint
 from kd_dense.yolo.trainer import require_dataset
+from kd_dense.yolo.validation import no_time_limit
 
 #: Names of ``COCOeval.stats``, as MMDetection writes them.
 COCO_NAMES = ('mAP', 'mAP_50', 'mAP_75', 'mAP_s', 'mAP_m', 'mAP_l')
@@ -57,6 +59,7 @@ def evaluate(
     coco_json: str | Path | None = None,
     official_cityscapes: bool = False,
     launcher: str = 'none',
+    trusted: bool = False,
     **arguments: Any,
 ) -> dict[str, float]:
     """Evaluate a plain checkpoint, of a student or a teacher, on the validation images of a config.
@@ -68,6 +71,7 @@ def evaluate(
         coco_json: annotations of the validation images; default: ``coco_json`` of the config, or COCO's own file
             ``annotations/instances_val2017.json`` where the data set has it.
         official_cityscapes, launcher: there is neither for YOLO; anything but the default is an error.
+        trusted: load the checkpoint without restrictions on what it may execute.
         arguments: arguments of Ultralytics' validation, over those in ``val`` and ``train`` of the config.
 
     Returns:
@@ -86,11 +90,15 @@ def evaluate(
     if not checkpoint.is_file():
         raise ConfigError(f'there is no checkpoint {checkpoint}; give the .pt file of a trained model')
     data = require_dataset(config.data)
+    if not trusted:
+        read_checkpoint(checkpoint, 'CHECKPOINT')  # YOLO() itself would execute what the file names
     model = YOLO(str(checkpoint))
     if model.task not in COLLECTORS:
         raise ConfigError(f'{checkpoint}: its task is {model.task!r}; kd_dense evaluates {list(COLLECTORS)}')
     folder = Path(work_dir or checkpoint.parent / 'eval').expanduser().resolve()
-    shared = {k: config.train[k] for k in ('imgsz', 'batch', 'device', 'workers', 'single_cls') if k in config.train}
+    # What the validation during training used too.
+    names = ('imgsz', 'batch', 'device', 'workers', 'single_cls', 'conf', 'iou', 'max_det', 'agnostic_nms')
+    shared = {k: config.train[k] for k in names if k in config.train}
     settings = {'plots': False, **shared, **config.val, **arguments}
     validator: list[Any] = []
 
@@ -98,9 +106,9 @@ def evaluate(
         validator.append(COLLECTORS[model.task](**kwargs))
         return validator[0]
 
-    metrics = model.val(
-        validator=collector, data=config.data, project=str(folder.parent), name=folder.name, exist_ok=True, **settings
-    )
+    place = dict(project=str(folder.parent), name=folder.name, exist_ok=True)
+    with no_time_limit():
+        metrics = model.val(validator=collector, data=config.data, **place, **settings)
     scores = {k: float(v) for k, v in metrics.results_dict.items()}
     annotations = coco_json or config.coco_json or _standard_annotations(data)
     if annotations is not None:

@@ -8,26 +8,36 @@ import json
 import os
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from mmengine.config import Config
-from ultralytics.models.yolo.detect import DetectionTrainer
-from ultralytics.models.yolo.segment import SegmentationTrainer
 from ultralytics.nn.tasks import guess_model_task, load_checkpoint, yaml_model_load
 from ultralytics.utils import LOGGER, RANK
 
+from kd_dense.analysis.doctor.scores import weak_teacher
 from kd_dense.analysis.record import RunRecord
-from kd_dense.checkpoint import atomic_write
-from kd_dense.errors import ConfigError
+from kd_dense.checkpoint import atomic_write, remove_leftovers
+from kd_dense.errors import ConfigError, Interrupted
+from kd_dense.failures import as_sentences
+from kd_dense.run_lock import is_first_process, locked
+from kd_dense.stopping import name_of, requested, stop_signals
 from kd_dense.yolo.config import YoloConfig, load, read
 from kd_dense.yolo.evaluate import evaluate
-from kd_dense.yolo.trainer import DistillationTrainer, SegmentationDistillationTrainer, require_dataset
+from kd_dense.yolo.teacher import read_checkpoint
+from kd_dense.yolo.trainer import (
+    DistillationTrainer,
+    SegmentationDistillationTrainer,
+    SegmentationStudentTrainer,
+    StudentTrainer,
+    require_dataset,
+)
 
 #: Task -> (trainer of the student alone, trainer with a teacher).
 TRAINERS = {
-    'detect': (DetectionTrainer, DistillationTrainer),
-    'segment': (SegmentationTrainer, SegmentationDistillationTrainer),
+    'detect': (StudentTrainer, DistillationTrainer),
+    'segment': (SegmentationStudentTrainer, SegmentationDistillationTrainer),
 }
 #: Task -> the number that counts in a comparison, as Ultralytics calls it.
 METRICS = {'detect': 'metrics/mAP50-95(B)', 'segment': 'metrics/mAP50-95(M)'}
@@ -49,7 +59,7 @@ def train(
         config: a YOLO config, or its path.
         work_dir: folder for results, used as it is; default: ``work_dir`` of the config, or ``work_dirs/NAME``. The
             plain student lies in ``weights/last.pt`` and ``weights/best.pt``, the curves in ``results.csv``.
-        distill: ``False``: the student alone, by Ultralytics' own trainer with the same arguments.
+        distill: ``False``: the student alone, by Ultralytics' own training with the same arguments.
         seed: over the config. Equal seeds mean equal data order with and without distillation.
         resume: ``True`` or ``'auto'``: go on from ``work_dir/weights/last.pt`` where there is one; or a checkpoint.
         amp: mixed precision, over the config; ``False`` leaves it as it is there.
@@ -62,7 +72,10 @@ def train(
         than the first.
 
     Raises:
-        ConfigError: whatever is wrong with the config, the teacher, the data or the checkpoint.
+        ConfigError: whatever is wrong with the config, the teacher, the data or the checkpoint, or another run that is
+            writing to the folder.
+        DistillationError: training can not go on; the checkpoints that were written are good.
+        Interrupted: by SIGINT or SIGTERM; ``weights/last.pt`` holds the epochs that were finished.
     """
     source = load(config)
     settings = read(source)
@@ -85,26 +98,55 @@ def train(
         arguments.setdefault('device', ','.join(map(str, range(int(os.environ.get('WORLD_SIZE', 1))))))
     elif launcher != 'none':
         raise ConfigError(f"launcher: Ultralytics is started by 'pytorch' or 'none', not {launcher!r}")
-    if distill:
-        # The config as it is used, overrides included: read again on resume, and by every process of several GPUs.
-        arguments['distill_model'] = str(folder / f'{name}.py')
-        with atomic_write(arguments['distill_model']) as file:
-            file.write(source.dump().encode())
-    last = _checkpoint_to_resume(resume, folder)
-    if last is not None:
-        arguments.update(resume=str(last), save_dir=str(folder))
-    if distill and RANK in (-1, 0):
-        _score_teacher(source, settings, folder)  # before the trainer is made: it sets the seeds
-    trainer = TRAINERS[arguments['task']][distill](overrides=arguments)
+    trainer_type = TRAINERS[arguments['task']][distill]
     observer = _Observer()
-    for event in ('on_train_batch_start', 'on_train_batch_end', 'on_model_save'):
-        trainer.add_callback(event, getattr(observer, event))
-    trainer.train()
+    with locked(folder, launcher), as_sentences(folder):
+        if is_first_process(launcher):
+            remove_leftovers(folder)
+            remove_leftovers(folder / 'weights')
+        if distill:
+            # The config as it is used, overrides included: read again on resume, and by every process of several GPUs.
+            arguments['distill_model'] = str(folder / f'{name}.py')
+            with atomic_write(arguments['distill_model']) as file:
+                file.write(source.dump().encode())
+        last = _checkpoint_to_resume(resume, folder)
+        if last is not None:
+            arguments.update(resume=str(last), save_dir=str(folder))
+        if distill and RANK in (-1, 0):
+            _score_teacher(source, settings, folder)  # before the trainer is made: it sets the seeds
+        trainer = trainer_type(overrides=arguments)
+        for event in ('on_train_batch_start', 'on_train_batch_end', 'on_model_save'):
+            trainer.add_callback(event, getattr(observer, event))
+        trainer.add_callback('on_train_batch_end', _stop_in_epoch)
+        trainer.add_callback('on_model_save', _stop_after_epoch)
+        # With several GPUs the training is in processes of its own, which a signal has to reach.
+        with nullcontext() if trainer.ddp else stop_signals(), as_sentences(folder):
+            trainer.train()
     if RANK not in (-1, 0):
         return None
     record = _record(trainer, observer, distill, arguments['task'], str(source.filename or ''))
     record.save(folder)
     return record
+
+
+def _stop_in_epoch(trainer: Any) -> None:
+    """After a batch: end the run if a signal asked for it. Ultralytics can only go on from the end of an epoch."""
+    if requested() is not None:
+        _stop(trainer, trainer.epoch)
+
+
+def _stop_after_epoch(trainer: Any) -> None:
+    if requested() is not None and not trainer.stop:  # the last epoch is done: the rest takes no time
+        _stop(trainer, trainer.epoch + 1)
+
+
+def _stop(trainer: Any, saved: int) -> NoReturn:
+    number = requested()
+    if saved:
+        left = f'{trainer.last} holds {saved} of {trainer.epochs} epochs: go on from there with --resume'
+    else:
+        left = 'no epoch was finished, so start it again'
+    raise Interrupted(f'{name_of(number)} in epoch {trainer.epoch + 1}; {left}', number)
 
 
 def _score_teacher(source: Config, settings: YoloConfig, folder: Path) -> None:
@@ -120,8 +162,12 @@ def _score_teacher(source: Config, settings: YoloConfig, folder: Path) -> None:
             return
     except (OSError, ValueError, KeyError, TypeError):
         pass  # none yet, or a broken one
-    score = evaluate(source, checkpoint, folder / 'teacher')
+    read_checkpoint(checkpoint, 'teacher.checkpoint', settings.teacher['trusted'])
+    score = evaluate(source, checkpoint, folder / 'teacher', trusted=True)  # it was looked at in the line above
     LOGGER.info('teacher on the validation set: ' + ', '.join(f'{k} {v:.4g}' for k, v in score.items()))
+    key = next((k for k in reversed(METRICS.values()) if k in score), None)  # of masks, where there are masks
+    if key is not None and (sentence := weak_teacher(100 * score[key], key.removeprefix('metrics/'))):
+        LOGGER.warning(sentence)
     with atomic_write(path) as file:
         file.write(json.dumps({'key': digest.hexdigest(), 'score': score}, indent=1).encode())
 
@@ -154,6 +200,7 @@ def _task(student: str) -> str:
             raise ConfigError(
                 f'student: there is no file {student}; train from a model YAML, or give the path of the weights'
             )
+        read_checkpoint(student, 'student')  # Ultralytics itself would execute what the file names
         return load_checkpoint(student)[0].task
     try:
         return guess_model_task(yaml_model_load(student))

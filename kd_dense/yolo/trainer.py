@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import random
+import math
 from copy import deepcopy
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from ultralytics import __version__ as ultralytics_version
@@ -20,17 +19,21 @@ from ultralytics.nn.modules.head import Detect
 from ultralytics.utils import DEFAULT_CFG, LOCAL_RANK, LOGGER, RANK
 from ultralytics.utils.torch_utils import ModelEMA, strip_optimizer, torch_distributed_zero_first
 
-from kd_dense.checkpoint import save
-from kd_dense.errors import ConfigError
+from kd_dense.analysis.doctor.weights import about_weights
+from kd_dense.checkpoint import atomic_write, save
+from kd_dense.engine.gradient_hook import pending_gradients, put_back
+from kd_dense.errors import ConfigError, DistillationError
+from kd_dense.random_state import capture, restore
 from kd_dense.yolo.config import YoloConfig, from_argument
 from kd_dense.yolo.model import COUNTS, DistillationModel, count_objects
 from kd_dense.yolo.teacher import check_class_taps, load_teacher
+from kd_dense.yolo.validation import Untimed, no_time_limit
 
 #: Key of our state in a checkpoint of Ultralytics. Everything below it is tensors, numbers and containers.
 STATE = 'kd_dense'
 
 
-class Distilling:
+class Distilling(Untimed):
     """What is common to the trainers of this module; mixed into a trainer of Ultralytics.
 
     The training argument ``distill_model`` names a config of kd_dense, of which ``teacher`` and ``distillers`` are read
@@ -67,6 +70,9 @@ class Distilling:
         if self.args.quantize == 8:
             raise ConfigError('train.quantize: 8-bit training does not go together with distillation; distil first')
         self._batch = 0
+        self._last_step = -1  # iteration of the last optimizer step
+        self._gradients: dict[str, torch.Tensor] = {}  # of a resumed run, since that step
+        self._catching_up = False
 
     # -- building ------------------------------------------------------------------------------------------------------
 
@@ -92,7 +98,16 @@ class Distilling:
         teacher = load_teacher(self.config.teacher, student)
         self.distillation = DistillationModel(student, teacher, distillers)
         self.model = self.distillation
+        self._compile = self.args.compile
+        if self._compile:
+            # Ultralytics compiles no model that distils: it would compile the teacher too, and step around our loss.
+            self.distillation.compile_student(self._compile)
+            self.args.compile = False
+            LOGGER.info('the student is compiled by torch.compile; the first iterations will be slow')
         if RANK in (-1, 0):
+            nothing, sentences = about_weights(distillers)
+            for sentence in filter(None, [nothing, *sentences]):
+                LOGGER.warning(sentence)
             for row in distillers.table:
                 LOGGER.info(
                     f'{row.distiller}.{row.role}: student {row.student} | teacher {row.teacher} | '
@@ -102,9 +117,16 @@ class Distilling:
     # -- training ------------------------------------------------------------------------------------------------------
 
     def run_callbacks(self, event: str) -> None:
-        """Run the callbacks of ``event``; before a batch, tell the model how far the training is."""
+        """Run the callbacks of ``event``; before a batch, tell the model how far the training is.
+
+        Raises:
+            DistillationError: the loss is not finite, and there is nothing to which Ultralytics could return.
+        """
         if event == 'on_train_epoch_start':
             self._batch = 0
+            if self._gradients:  # not earlier: Ultralytics clears all gradients when training starts
+                put_back(self.distillation, self._gradients)
+                self._gradients = {}
         elif event == 'on_train_batch_start':
             batches = len(self.train_loader)
             model = self.distillation
@@ -113,6 +135,66 @@ class Distilling:
             model.progress = min(model.iteration / (self.epochs * batches), 1.0)
             self._batch += 1
         super().run_callbacks(event)
+        if event == 'on_train_batch_end' and self._batch % 10 == 0 and self.epoch == self.start_epoch:
+            self._check_loss()
+
+    # -- losses that are not finite ------------------------------------------------------------------------------------
+
+    def _terms_not_finite(self) -> str:
+        """The terms of the loss that were not finite in this epoch, as text."""
+        means = {name: float(value) for name, value in (self.tloss or {}).items()}
+        return ', '.join(f'{name} is {value}' for name, value in means.items() if not math.isfinite(value))
+
+    def _check_loss(self) -> None:
+        """Stop where the loss is not finite in the first epoch of a run, in which Ultralytics has no way back."""
+        if not torch.isfinite(self.loss):
+            raise self._not_finite(f'loss not finite in epoch {self.epoch + 1}: {self._terms_not_finite()}')
+
+    def _not_finite(self, what: str) -> DistillationError:
+        kept = f'the last good checkpoint is {self.last}, from which --resume goes on after the change'
+        return DistillationError(
+            f'{what}; look at the loss_weight of the distillers that are named, at the teacher and at train.lr0; '
+            f'{kept if self.epoch > 0 else "no checkpoint had been written before"}'
+        )
+
+    def _handle_nan_recovery(self, epoch: int) -> bool:
+        """Ultralytics' recovery from a loss that is not finite, three times at most; then the run stops.
+
+        Ultralytics is to see the student that our checkpoints hold.
+        """
+        terms = self._terms_not_finite()
+        if epoch == self.start_epoch:
+            self._check_loss()
+        elif terms:
+            LOGGER.warning(f'epoch {epoch + 1}: {terms}')
+        wrapped, self.model = self.model, self.distillation.student_model
+        try:
+            return super()._handle_nan_recovery(epoch)
+        except RuntimeError as error:
+            if 'NaN' not in str(error):
+                raise
+            raise self._not_finite(
+                f'loss not finite: {terms or error}, in every attempt at epoch {epoch + 1}'
+            ) from None
+        finally:
+            self.model = wrapped
+
+    @property
+    def accumulate(self) -> int:
+        """Batches per optimizer step; Ultralytics steps when that many have passed since the last one.
+
+        Ultralytics does not know the last one of the run that is resumed. Until it has seen one itself, it is made to
+        ask for a step after every batch, and :meth:`optimizer_step` takes the one that is due.
+        """
+        return 1 if self._catching_up and self._batch else self._accumulate
+
+    @accumulate.setter
+    def accumulate(self, value: int) -> None:
+        self._accumulate = value
+
+    def _pending_gradients(self) -> dict[str, torch.Tensor]:
+        """Gradients that the next optimizer step will use; none when the last batch ended with a step."""
+        return {} if self._last_step == self.distillation.iteration else pending_gradients(self.distillation)
 
     def preprocess_batch(self, batch: dict) -> dict:
         """Ultralytics' preprocessing; counts the objects while they are still in the host's memory."""
@@ -123,14 +205,27 @@ class Distilling:
 
     def optimizer_step(self) -> None:
         """One step, the first of which proves that every connector learns."""
+        iteration = self.distillation.iteration
+        if self._catching_up and iteration - self._last_step < self._accumulate:
+            return
+        self._catching_up, self._last_step = False, iteration
         super().optimizer_step()
         self.distillation.distillers.verify_gradients()
+        # Neither the biases', which warms up downwards, nor one of those that Ultralytics triples with Muon.
+        self.distillation.distillers.after_step(self.optimizer.param_groups[1]['lr'])
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
     def save_model(self) -> bool:
-        """Write ``last.pt``, and where due ``best.pt`` and ``epochN.pt``: the plain student, and our state."""
+        """Write ``last.pt``, and where due ``best.pt`` and ``epochN.pt``: the plain student, and our state.
+
+        Raises:
+            DistillationError: weights that are not finite; nothing was written.
+        """
         student, average = self.distillation.student_model, self.ema.ema.student_model
+        wrong = [n for n, p in self.distillation.named_parameters() if not torch.isfinite(p).all()]
+        if wrong:
+            raise self._not_finite(f'weights not finite after epoch {self.epoch + 1}: {", ".join(wrong[:3])}')
         _repair(average, student)
         checkpoint = {
             'epoch': self.epoch,
@@ -141,7 +236,7 @@ class Distilling:
             'updates': self.ema.updates,
             'optimizer': self.optimizer.state_dict(),
             'scaler': self.scaler.state_dict(),
-            'train_args': vars(self.args),
+            'train_args': vars(self.args) | {'compile': self._compile},
             'train_metrics': {**self.metrics, 'fitness': self.fitness},
             'train_results': self.read_results_csv(),
             'date': datetime.now().astimezone().isoformat(),
@@ -152,6 +247,8 @@ class Distilling:
                 'distillers': self.distillation.distillers.state_dict(),
                 'student': student.state_dict(),
                 'random': self._random_state(),
+                'last_step': self._last_step,
+                'gradients': self._pending_gradients(),
             },
         }
         paths = [self.last]
@@ -198,41 +295,26 @@ class Distilling:
         state = ckpt[STATE]
         self.distillation.student_model.load_state_dict(state['student'])
         self._restore_random_state(state['random'])
-
-    def _handle_nan_recovery(self, epoch: int) -> bool:
-        """Ultralytics' recovery from a loss that is not finite; it is to see the student that our checkpoints hold."""
-        wrapped, self.model = self.model, self.distillation.student_model
-        try:
-            return super()._handle_nan_recovery(epoch)
-        finally:
-            self.model = wrapped
+        self._last_step, self._gradients = state['last_step'], state['gradients']
+        self._catching_up = True
+        if RANK in (-1, 0):
+            _forget_rows_after(self.start_epoch, self.csv)
 
     def _random_state(self) -> dict:
-        """States of the random generators, and what mosaic draws from where the images are read in this process."""
-        kind, keys, position, has_gauss, gauss = np.random.get_state()
-        state = {
-            'python': list(random.getstate()[1]),
-            'python_gauss': random.getstate()[2],
-            'numpy': [kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss],
-            'torch': torch.get_rng_state(),
-        }
-        if self.device.type == 'cuda':
-            state['cuda'] = torch.cuda.get_rng_state(self.device)
+        """Random states, and what mosaic draws from where the images are read in this process."""
+        state = capture()
         if self.train_loader.num_workers == 0:
             state['recent_images'] = list(getattr(self.train_loader.dataset, 'buffer', []))
         return state
 
     def _restore_random_state(self, state: dict) -> None:
+        if RANK != -1:
+            return  # these are the states of one process of several
         if self.train_loader.num_workers == 0:
             for index in state.get('recent_images', []):
                 self.train_loader.dataset.load_image(index)
             self._replay_order()
-        random.setstate((3, tuple(state['python']), state['python_gauss']))
-        kind, keys, position, has_gauss, gauss = state['numpy']
-        np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
-        torch.set_rng_state(state['torch'].cpu())
-        if 'cuda' in state and self.device.type == 'cuda':
-            torch.cuda.set_rng_state(state['cuda'].cpu(), self.device)
+        restore(state)
 
     def _replay_order(self) -> None:
         """Draw the order of the images of the epochs that are done, so that the next one is as it would have been.
@@ -264,7 +346,8 @@ class Distilling:
         LOGGER.info(f'\nValidating {self.best}...')
         self.validator.args.plots = self.args.plots
         self.validator.args.compile = False
-        self.metrics = self.validator(model=self.best)
+        with no_time_limit():
+            self.metrics = self.validator(model=self.best)
         self.metrics.pop('fitness', None)
         # Loggers show the numbers of the best weights as one more epoch.
         self.epoch += 1
@@ -279,6 +362,14 @@ class DistillationTrainer(Distilling, DetectionTrainer):
     """
 
     task = 'detect'
+
+
+class StudentTrainer(Untimed, DetectionTrainer):
+    """Ultralytics' detection trainer: the student alone, validated like the distilled one."""
+
+
+class SegmentationStudentTrainer(Untimed, SegmentationTrainer):
+    """Ultralytics' instance segmentation trainer: the student alone, validated like the distilled one."""
 
 
 class SegmentationDistillationTrainer(Distilling, SegmentationTrainer):
@@ -300,6 +391,15 @@ def require_dataset(data: str, split: str = 'val') -> dict:
     except FileNotFoundError as error:
         reason = ' '.join(str(error).split())
         raise ConfigError(f'data: {reason}; put the images there, or give another data YAML') from None
+
+
+def _forget_rows_after(epochs: int, path: Path) -> None:
+    """Delete the rows of later epochs from a results file: Ultralytics writes the row before the checkpoint."""
+    if path.is_file():
+        header, *rows = path.read_text().splitlines()
+        kept = [header, *(row for row in rows if int(float(row.split(',')[0])) <= epochs)]
+        with atomic_write(path) as file:
+            file.write(('\n'.join(kept) + '\n').encode())
 
 
 def strip(path: Path, updates: dict | None = None) -> dict:

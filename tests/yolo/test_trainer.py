@@ -184,7 +184,7 @@ def test_the_teacher_sleeps_outside_of_its_schedule(write_config, student_yaml, 
 
 
 def test_the_student_alone_sees_the_same_data(write_config, tmp_path, monkeypatch):
-    """Same first batches and same initial weights with and without distillation, by the stock trainer."""
+    """Same first batches and same initial weights with and without distillation."""
     seen = {}
 
     def note(trainer, key):
@@ -204,7 +204,7 @@ def test_the_student_alone_sees_the_same_data(write_config, tmp_path, monkeypatc
     kd_dense.yolo.train(config, tmp_path / 'a', seed=3)
     alone = kd_dense.yolo.train(config, tmp_path / 'b', seed=3, distill=False)
     assert (alone.name, alone.seed, alone.extra_parameters) == ('student', 3, 0)
-    ours, theirs = seen['DistillationTrainer'], seen['DetectionTrainer']
+    ours, theirs = seen['DistillationTrainer'], seen['StudentTrainer']
     assert torch.equal(ours[0], theirs[0])
     for (files, images), (other_files, other_images) in zip(ours[1:], theirs[1:], strict=True):
         assert files == other_files
