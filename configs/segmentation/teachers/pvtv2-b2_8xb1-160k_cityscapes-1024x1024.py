@@ -1,0 +1,12 @@
+# The teacher of the PVTv2 pair on Cityscapes: B2, from ImageNet weights.
+#
+#   python tools/train.py configs/segmentation/teachers/pvtv2-b2_8xb1-160k_cityscapes-1024x1024.py
+_base_ = ['../students/pvtv2-b0-scratch_8xb1-160k_cityscapes-1024x1024.py']
+model = dict(
+    backbone=dict(
+        embed_dims=64,
+        num_layers=[3, 4, 6, 3],
+        init_cfg=dict(checkpoint='https://github.com/whai362/PVT/releases/download/v2/pvt_v2_b2.pth'),
+    ),
+    decode_head=dict(in_channels=[64, 128, 320, 512]),
+)

@@ -1,0 +1,17 @@
+# The teacher of the SegFormer pair on ACDC: B2, from ImageNet weights.
+#
+#   python tools/train.py configs/segmentation/teachers/segformer_mit-b2_4xb4-80k_acdc-512x1024.py
+_base_ = ['../students/segformer_mit-b0-scratch_4xb4-80k_acdc-512x1024.py']
+model = dict(
+    backbone=dict(
+        embed_dims=64,
+        num_layers=[3, 4, 6, 3],
+        init_cfg=dict(
+            _delete_=True,
+            type='Pretrained',
+            checkpoint='https://download.openmmlab.com/mmsegmentation/v0.5/pretrain/segformer/'
+            'mit_b2_20220624-66e8bf70.pth',
+        ),
+    ),
+    decode_head=dict(in_channels=[64, 128, 320, 512]),
+)

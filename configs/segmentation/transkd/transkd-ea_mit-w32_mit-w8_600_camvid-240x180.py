@@ -1,0 +1,8 @@
+# CamVid on a CPU, transformers: TransKD-EA, an embedding assistant for every stage.
+#
+#   python tools/train.py configs/segmentation/camvid/mit-w32_600_camvid-240x180.py
+#   python tools/train.py configs/segmentation/transkd/transkd-ea_mit-w32_mit-w8_600_camvid-240x180.py
+#
+# No score is measured yet.
+_base_ = ['./transkd_mit-w32_mit-w8_600_camvid-240x180.py']
+model = dict(distillers=dict(transkd=dict(variant='ea')))
