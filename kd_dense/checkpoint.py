@@ -14,10 +14,12 @@ import contextlib
 import datetime
 import decimal
 import importlib
+import io
 import logging
 import os
 import pathlib
 import pickle
+import re
 import tarfile
 import types
 import zipfile
@@ -172,7 +174,7 @@ def load(path: str | os.PathLike, map_location: MapLocation = 'cpu', trusted: bo
         CheckpointError: the file is truncated, is no checkpoint, or names something that is not data.
     """
     path = Path(path).expanduser()
-    _check_readable(path)
+    check_readable(path)
     if trusted:
         print_log(
             f'{path} is loaded as trusted: its pickle may call any function with your rights.',
@@ -194,8 +196,13 @@ def load(path: str | os.PathLike, map_location: MapLocation = 'cpu', trusted: bo
         raise CheckpointError(f'{path} could not be loaded as a checkpoint ({reason}); check the file.') from error
 
 
-def _check_readable(path: Path) -> None:
-    """One sentence for the ordinary mistakes, before torch's own less helpful ones."""
+def check_readable(path: Path) -> None:
+    """One sentence for the ordinary mistakes, before torch's own less helpful ones.
+
+    Raises:
+        FileNotFoundError, IsADirectoryError: there is no such file.
+        CheckpointError: it is empty, truncated, or another kind of file.
+    """
     if path.is_dir():
         raise IsADirectoryError(f'{path} is a folder; name the checkpoint file in it.')
     if not path.is_file():
@@ -216,7 +223,10 @@ def _check_readable(path: Path) -> None:
 
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike):
-    """Open a binary file that takes the place of ``path`` when the block ends well, and else leaves it alone."""
+    """Open a binary file that takes the place of ``path`` when the block ends well, and else leaves it alone.
+
+    A process that is killed meanwhile leaves the temporary file behind, see :func:`remove_leftovers`.
+    """
     target = Path(os.path.realpath(Path(path).expanduser()))  # a link keeps pointing at the file it points at
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f'.{target.name}.{os.getpid()}.tmp')  # same folder: a rename cannot cross file systems
@@ -230,10 +240,40 @@ def atomic_write(path: str | os.PathLike):
         temporary.unlink(missing_ok=True)
 
 
+_LEFTOVER = re.compile(r'\..+\.(\d+\.tmp|stripped)')
+
+
+def remove_leftovers(folder: str | os.PathLike) -> list[str]:
+    """Delete what writers that were killed left in ``folder``, and return the names; no other may be writing there."""
+    found = [p for p in Path(folder).glob('.*') if _LEFTOVER.fullmatch(p.name) and p.is_file()]
+    for path in found:
+        path.unlink(missing_ok=True)
+    return sorted(path.name for path in found)
+
+
 def save(obj: Any, path: str | os.PathLike) -> None:
     """``torch.save`` that is atomic: ``path`` is at every moment either the old file or the complete new one."""
-    with atomic_write(path) as file:
-        torch.save(obj, file)
+    # In memory first, as MMEngine does: where the disk is full, torch's writer replaces the reason by one of its own.
+    with io.BytesIO() as buffer:
+        torch.save(obj, buffer)
+        with atomic_write(path) as file:
+            file.write(buffer.getbuffer())
+
+
+def latest(work_dir: str | os.PathLike) -> str | None:
+    """The checkpoint of MMEngine from which a run in ``work_dir`` goes on; ``None`` when there is none.
+
+    That is what the file ``last_checkpoint`` names, also where ``work_dir`` was moved. Where that file is missing, or
+    was cut short by a crash, it is the checkpoint that was written last.
+    """
+    folder = Path(work_dir)
+    pointer = folder / 'last_checkpoint'
+    named = pointer.read_text().strip() if pointer.is_file() else ''
+    for path in (Path(named), folder / Path(named).name) if named else ():
+        if path.exists():
+            return str(path)
+    written = [p for p in folder.glob('*.pth') if re.fullmatch(r'(iter|epoch)_\d+\.pth|interrupted\.pth', p.name)]
+    return str(max(written, key=lambda p: p.stat().st_mtime)) if written else None
 
 
 def state_dict_of(checkpoint: Mapping[str, Any]) -> dict[str, torch.Tensor]:

@@ -8,6 +8,10 @@ checkpoints                                 takes as True, and then refuses ``Hi
                                             by :func:`kd_dense.checkpoint.load` instead, registered through MMEngine's
                                             ``CheckpointLoader.register_scheme``.
 half-written checkpoints after a crash      MMEngine's local file backend writes in place. Its ``put`` is made atomic.
+no checkpoint at all after a crash          With ``max_keep_ckpts``, ``CheckpointHook`` removes the oldest checkpoint
+                                            before it writes the new one; it is made to do so afterwards. And it
+                                            truncates ``last_checkpoint`` before it fills it: where that file is empty,
+                                            ``--resume`` takes the newest checkpoint.
 ``_base_ = 'mmseg::...'`` and               MMEngine looks for the distribution ``mmsegmentation``; the maintained
 ``get_config`` with the onedl forks         forks are called ``onedl-...`` and import under the same names. The map
                                             from module to distribution is corrected to what is installed.
@@ -35,6 +39,8 @@ def apply() -> None:
         return
     _load_local_checkpoints_as_data()
     _write_local_files_atomically()
+    _remove_the_oldest_checkpoint_last()
+    _find_the_latest_checkpoint()
     _find_forked_packages()
     _never_pip_install()
     _applied = True
@@ -63,6 +69,41 @@ def _write_local_files_atomically() -> None:
             file.write(obj)
 
     LocalBackend.put = put
+
+
+def _remove_the_oldest_checkpoint_last() -> None:
+    from mmengine.dist import is_main_process
+    from mmengine.hooks import CheckpointHook
+
+    save = CheckpointHook._save_checkpoint_with_step
+
+    def _save_checkpoint_with_step(self: CheckpointHook, runner: Any, step: int, meta: dict) -> None:
+        kept = getattr(self, 'keep_ckpt_ids', ())
+        # Taken off the list, so that MMEngine finds it short enough and removes nothing.
+        is_full = self.max_keep_ckpts > 0 and len(kept) == self.max_keep_ckpts and kept[-1] != step
+        oldest = kept.popleft() if is_full else None
+        save(self, runner, step, meta)
+        if oldest is not None and is_main_process():
+            path = self.file_backend.join_path(self.out_dir, self.filename_tmpl.format(oldest))
+            if self.file_backend.isfile(path):
+                self.file_backend.remove(path)
+            elif self.file_backend.isdir(path):  # DeepSpeed writes folders
+                self.file_backend.rmtree(path)
+
+    CheckpointHook._save_checkpoint_with_step = _save_checkpoint_with_step
+
+
+def _find_the_latest_checkpoint() -> None:
+    import mmengine.runner
+    import mmengine.runner._flexible_runner
+    import mmengine.runner.checkpoint
+    import mmengine.runner.runner
+
+    from kd_dense import checkpoint
+
+    runner = mmengine.runner
+    for module in (runner, runner.checkpoint, runner.runner, runner._flexible_runner):
+        module.find_latest_checkpoint = checkpoint.latest
 
 
 def _find_forked_packages() -> None:

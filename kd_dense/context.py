@@ -23,6 +23,7 @@ class Context:
         labels: per image ``[n]`` class indices, or ``None``.
         masks: per image ``[n, H, W]`` instance masks, or ``None``.
         label_map: ``[B, H, W]`` class index of every pixel, or ``None``.
+        image: ``[B, C, H, W]`` the preprocessed batch that the student is given, or ``None`` when it is not handed on.
         ignore_index: label of pixels that take no part in any loss.
         iteration: iterations done since training began.
         epoch: epochs done since training began.
@@ -35,6 +36,7 @@ class Context:
     labels: list[Tensor] | None = None
     masks: list[Tensor] | None = None
     label_map: Tensor | None = None
+    image: Tensor | None = None
     ignore_index: int = 255
     iteration: int = 0
     epoch: int = 0

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -18,13 +18,38 @@ from kd_dense.description import Description, Probe
 from kd_dense.distillers.base import Distiller, describe
 from kd_dense.errors import ConfigError, DistillationError
 from kd_dense.loss_weight import LossWeight
+from kd_dense.random_state import preserve_random_state
 from kd_dense.registry import DISTILLERS, build
 from kd_dense.taps import Taps
 
 
 @dataclass(frozen=True)
+class TapTensor:
+    """A tapped tensor as the dry forward found it.
+
+    Args:
+        shape: without the batch: ``(C, h, w)`` of a map, ``(N, C)`` of tokens.
+        stride: pixels per cell of a map; ``None`` for what is no map.
+    """
+
+    shape: tuple[int, ...]
+    stride: float | None
+
+
+@dataclass(frozen=True)
 class TapRow:
-    """One line of the tap table: what one distiller takes from both sides."""
+    """One line of the tap table: what one distiller takes from both sides under one role.
+
+    Args:
+        distiller: its name in the config.
+        role: what the distiller calls these tensors.
+        student, teacher: tap names, shapes and strides as text; ``'-'`` for a side that gives nothing.
+        connector_parameters: of the whole distiller; on its first row only.
+        loss_weight: as text.
+        method: the distiller's ``type``.
+        connector: types of the connectors, as text; ``'-'`` where there are none.
+        student_tensors, teacher_tensors: the tensors themselves.
+    """
 
     distiller: str
     role: str
@@ -32,6 +57,10 @@ class TapRow:
     teacher: str
     connector_parameters: int
     loss_weight: str
+    method: str = ''
+    connector: str = '-'
+    student_tensors: tuple[TapTensor, ...] = ()
+    teacher_tensors: tuple[TapTensor, ...] = ()
 
 
 class Distillers(nn.Module):
@@ -96,7 +125,8 @@ class Distillers(nn.Module):
                 for side, (values, canvas) in found.items():
                     names = {role: getattr(pair, side) for role, pair in method.taps.items()}
                     shapes = {role: [t.shape for n in ns for t in values[n]] for role, ns in names.items()}
-                    probes.append(Probe(shapes, names, canvas, self._descriptions[side].logits))
+                    description = self._descriptions[side]
+                    probes.append(Probe(shapes, names, canvas, description.logits, description.normalization))
                 with _owner(f'distillers.{name}'):
                     method.setup(*probes)
                 self.table += self._rows(name, method, *probes)
@@ -120,26 +150,49 @@ class Distillers(nn.Module):
         model = description.model
         for name, method in self.methods.items():  # one by one, so that an error names the distiller that asks for it
             for pair in method.taps.values():
-                self._check_logits(name, getattr(pair, side), description, side)
+                self._check_aliases(name, getattr(pair, side), description, side)
                 Taps(model, getattr(pair, side), description.aliases, f'distillers.{name}.taps ({side})')
         modes = {m: m.training for m in model.modules()}
         model.eval()
+        failures: list[Exception] = []
         try:
-            taps = Taps(model, self._names(side), description.aliases, side)
-            with torch.no_grad(), taps.record():
-                canvas = description.run()
-                return taps.take(), canvas
-        except DistillationError as error:
-            raise ConfigError(str(error)) from None
+            for run in (description.run, *description.alternatives):
+                try:
+                    return self._recorded(side, run)
+                except ConfigError:
+                    raise
+                except Exception as error:  # heads that ask for ground truth raise of all types
+                    failures.append(error)
         finally:
             for module, mode in modes.items():
                 module.training = mode
+        silent = next((e for e in failures if isinstance(e, DistillationError)), None)
+        broken = next((e for e in failures if e is not silent and not isinstance(e, DistillationError)), None)
+        if silent is None:
+            raise failures[0]
+        reason = f' (its plain forward fails: {type(broken).__name__}: {broken})' if broken else ''
+        raise ConfigError(f'{silent}{reason}') from broken
+
+    def _recorded(
+        self, side: str, run: Callable[[], tuple[int, int]]
+    ) -> tuple[dict[str, list[Tensor]], tuple[int, int]]:
+        """Tap name -> tensors that ``run`` leaves behind, and the canvas that it returns."""
+        description = self._descriptions[side]
+        key = f'distillers: taps ({side})'
+        taps = Taps(description.model, self._names(side), description.aliases, key)
+        with torch.no_grad(), taps.record():
+            canvas = run()
+            return taps.take(), canvas
 
     @staticmethod
-    def _check_logits(name: str, taps: tuple[str, ...], description: Description, side: str) -> None:
-        wanted = [t for t in taps if t.split(':')[0] in ('logits', 'branch_logits')]
-        if wanted and isinstance(description.logits, str):
-            raise ConfigError(f'distillers.{name}: the {side} has no tap {wanted[0]!r}: {description.logits}')
+    def _check_aliases(name: str, taps: tuple[str, ...], description: Description, side: str) -> None:
+        absent = dict(description.absent)
+        if isinstance(description.logits, str):
+            absent |= dict.fromkeys(('logits', 'branch_logits'), description.logits)
+        for tap in taps:
+            reason = absent.get(tap.split(':')[0])
+            if reason:
+                raise ConfigError(f'distillers.{name}: the {side} has no tap {tap!r}: {reason}')
 
     def _rows(self, name: str, method: Distiller, student: Probe, teacher: Probe) -> list[TapRow]:
         parameters = sum(p.numel() for p in method.parameters())
@@ -153,6 +206,10 @@ class Distillers(nn.Module):
                     describe(teacher, role) if teacher.names[role] else '-',
                     0 if rows else parameters,
                     self.weights[name].extra_repr(),
+                    type(method).__name__,
+                    '-' if rows else _connectors(method),
+                    _tensors(student, role),
+                    _tensors(teacher, role),
                 )
             )
         return rows
@@ -163,6 +220,22 @@ class Distillers(nn.Module):
         """The distillers whose loss weight is not 0 at ``progress`` (0..1). If there are none, no teacher need run."""
         return {name: m for name, m in self.methods.items() if self.weights[name].is_active(progress)}
 
+    def view(self, images: Tensor, context: Context) -> Tensor:
+        """What the student is to see in this step: ``images``, as changed by the active distillers that do so."""
+        for method in self.active(context.progress).values():
+            images = method.view(images, context)
+        return images
+
+    def after_step(self, lr: float) -> None:
+        """To be called when the host's optimizer has stepped: lets distillers train what they train on their own.
+
+        Args:
+            lr: the learning rate of that step.
+        """
+        for method in self.methods.values():
+            method.after_step(lr)
+
+    @torch.compiler.disable(recursive=False)
     def forward(
         self,
         student: dict[str, list[Tensor]],
@@ -194,11 +267,16 @@ class Distillers(nn.Module):
             for side, values in (('student', student), ('teacher', teacher)):
                 for unused in set(values) - set(self._names(side, active)):
                     del values[unused]
-            unweighted = method(s, t, context)
+            weight = self.weights[name]
+            unweighted = (uncompiled if weight.needs_calibration else _call)(method, s, t, context)
             del t
+            first = name not in self._proved or weight.needs_calibration
+            if first and not _anything_counts(context):
+                # every pixel is ignored: nothing can be proved or calibrated on this batch, the next one will do
+                losses.update({f'{name}.{key}': value * 0 for key, value in unweighted.items()})
+                continue
             if name not in self._proved:
                 self._prove(name, s, unweighted)
-            weight = self.weights[name]
             if weight.needs_calibration:
                 weight.calibrate(self._calibrated(name, sum(unweighted.values()), s, task_loss()))
             factor = weight(context.progress)
@@ -207,20 +285,33 @@ class Distillers(nn.Module):
         teacher.clear()
         return losses
 
-    def idle(self, progress: float) -> Tensor | None:
-        """0, but connected to every parameter that takes no part at ``progress``; ``None`` when all take part.
+    def calibrates(self, active: Mapping[str, Distiller]) -> bool:
+        """Will the next forward of the ``active`` distillers calibrate an ``auto`` weight?
 
-        Distributed training waits for a gradient of every parameter; this gives those of sleeping distillers one.
+        It backpropagates more than once, which what ``torch.compile`` made does not allow: such a step has to run the
+        student by :func:`uncompiled`.
+        """
+        return any(self.weights[name].needs_calibration for name in active)
+
+    def idle(self, progress: float) -> Tensor | None:
+        """0, but connected to every parameter that took no part in this step; ``None`` when all took part.
+
+        Distributed training waits for a gradient of every parameter; this gives those of sleeping distillers one, and
+        those that a distiller calls idle (:meth:`~kd_dense.distillers.base.Distiller.idle_parameters`).
         """
         active = self.active(progress)
         parameters = [
-            p for name, m in self.methods.items() if name not in active for p in m.parameters() if p.requires_grad
+            p
+            for name, method in self.methods.items()
+            for p in (method.idle_parameters() if name in active else method.parameters())
+            if p.requires_grad
         ]
         return sum(p.sum() for p in parameters) * 0 if parameters else None
 
+    @torch.compiler.disable
     def _calibrated(self, name: str, loss: Tensor, student: dict[str, list[Tensor]], task_loss: Tensor) -> float:
         key = f'distillers.{name}.loss_weight'
-        at = [_before_clone(x) for tensors in student.values() for x in tensors if x.requires_grad]
+        at = [before_clone(x) for tensors in student.values() for x in tensors if x.requires_grad]
         squared = torch.stack([_squared_gradient_norm(value, at) for value in (task_loss, loss)])
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(squared)
@@ -236,6 +327,7 @@ class Distillers(nn.Module):
 
     # -- proof of life -------------------------------------------------------------------------------------------------
 
+    @torch.compiler.disable
     def _prove(self, name: str, student: dict[str, list[Tensor]], losses: dict[str, Tensor]) -> None:
         self._proved.add(name)
         tapped = [x for tensors in student.values() for x in tensors]
@@ -253,14 +345,18 @@ class Distillers(nn.Module):
                     f'distillers.{name}: {key} is {number} in its first step; check the taps, the teacher and the mask'
                 )
         gradients = self._pending.setdefault(name, {})
+        idle = {id(p) for p in self.methods[name].idle_parameters()}
         for parameter_name, parameter in self.methods[name].named_parameters():
-            if parameter.requires_grad:
+            if parameter.requires_grad and id(parameter) not in idle:
 
                 def note(p: Tensor, key: str = parameter_name) -> None:
                     gradients[key] = p.grad.detach().abs().sum()
 
                 gradients[parameter_name] = None
-                self._handles.append(parameter.register_post_accumulate_grad_hook(note))
+                if parameter.is_leaf:
+                    self._handles.append(parameter.register_post_accumulate_grad_hook(note))
+                else:  # under FSDP, a view of the parameters that were gathered
+                    self._handles.append(parameter.register_hook(partial(_note, gradients, parameter_name)))
 
     def verify_gradients(self) -> None:
         """After the first backward of each distiller: did every connector get a gradient?
@@ -273,17 +369,9 @@ class Distillers(nn.Module):
         if not self._pending:
             return
         for name, gradients in self._pending.items():
-            connectors: dict[str, bool] = {}
-            for parameter, total in gradients.items():
-                owner = parameter.rpartition('.')[0] or parameter
-                alive = total is not None and float(total) != 0
-                connectors[owner] = connectors.get(owner, False) or alive
-            dead = [owner for owner, alive in connectors.items() if not alive]
-            if dead:
-                raise DistillationError(
-                    f'distillers.{name}: no gradient reached {", ".join(dead)}; it would stay random for the whole '
-                    'training'
-                )
+            totals = {key: 0.0 if total is None else float(total) for key, total in gradients.items()}
+            if dead := dead_connectors(totals):
+                raise DistillationError(without_gradient(name, dead))
         self._pending.clear()
         for handle in self._handles:
             handle.remove()
@@ -295,19 +383,82 @@ class Distillers(nn.Module):
         return self.__dict__ | {'_descriptions': {}, '_taps': {}, '_pending': {}, '_handles': []}
 
 
-def _squared_gradient_norm(loss: Tensor, at: list[Tensor | GradientEdge]) -> Tensor:
-    """Sum of squares of the gradient of ``loss`` at all of ``at``, in fp64."""
+def _note(gradients: dict[str, Tensor | None], name: str, gradient: Tensor) -> None:
+    gradients[name] = gradient.detach().abs().sum()
+
+
+def _call(function: Callable, *args: Any, **kwargs: Any) -> Any:
+    return function(*args, **kwargs)
+
+
+#: Call a function with nothing in it compiled by ``torch.compile``.
+uncompiled = torch.compiler.disable(_call)
+
+
+@torch.compiler.disable
+def _anything_counts(context: Context) -> bool:
+    """Has the batch a pixel that is not ignored, in every process?"""
+    if context.label_map is None:
+        return True  # padding alone never covers all of it
+    empty = (context.label_map == context.ignore_index).all().int()
+    if dist.is_available() and dist.is_initialized():  # all processes calibrate together or not at all
+        dist.all_reduce(empty)
+    return not empty
+
+
+def _connectors(method: Distiller) -> str:
+    """``'2 x Conv1x1'``: the types of a distiller's connectors, in order."""
+    several = (nn.ModuleList, nn.ModuleDict)
+    lists = [m for child in method.children() for m in (child.children() if isinstance(child, several) else [child])]
+    names = [type(m).__name__ for m in lists if next(m.parameters(), None) is not None]
+    counts = {name: names.count(name) for name in dict.fromkeys(names)}
+    return ', '.join(f'{n} x {name}' if n > 1 else name for name, n in counts.items()) or '-'
+
+
+def _tensors(probe: Probe, role: str) -> tuple[TapTensor, ...]:
+    pairs = zip(probe.shapes[role], probe.strides(role), strict=True)
+    return tuple(TapTensor(tuple(shape[1:]), stride) for shape, stride in pairs)
+
+
+def dead_connectors(gradients: Mapping[str, float]) -> list[str]:
+    """Names of the connectors that got no gradient.
+
+    Args:
+        gradients: parameter name of one distiller -> norm of its gradient, or anything else that is 0 without one.
+    """
+    alive: dict[str, bool] = {}
+    for parameter, total in gradients.items():
+        owner = parameter.rpartition('.')[0] or parameter
+        alive[owner] = alive.get(owner, False) or total != 0
+    return [owner for owner, is_alive in alive.items() if not is_alive]
+
+
+def without_gradient(name: str, connectors: list[str]) -> str:
+    """The sentence about connectors of the distiller ``name`` that get no gradient."""
+    return (
+        f'distillers.{name}: no gradient reached {", ".join(connectors)}; it would stay random for the whole training'
+    )
+
+
+def squared_gradients(loss: Tensor, at: list[Tensor | GradientEdge]) -> list[Tensor | None]:
+    """Sum of squares of the gradient of ``loss`` at each of ``at``, in fp64; ``None`` where it does not reach."""
     # Under AMP the gradients may be fp16 and underflow, so the loss is scaled up as a gradient scaler does.
     for scale in (2.0**16, 2.0**8, 1.0):
         grads = torch.autograd.grad(loss * scale, at, retain_graph=True, allow_unused=True)
-        squares = [(g.detach().double() / scale).square().sum() for g in grads if g is not None]
-        total = torch.stack(squares).sum() if squares else loss.new_zeros((), dtype=torch.float64)
-        if total.isfinite():
+        squares = [None if g is None else (g.detach().double() / scale).square().sum() for g in grads]
+        found = [s for s in squares if s is not None]
+        if not found or torch.stack(found).sum().isfinite():
             break
-    return total
+    return squares
 
 
-def _before_clone(x: Tensor) -> Tensor | GradientEdge:
+def _squared_gradient_norm(loss: Tensor, at: list[Tensor | GradientEdge]) -> Tensor:
+    """Sum of squares of the gradient of ``loss`` at all of ``at``, in fp64."""
+    squares = [s for s in squared_gradients(loss, at) if s is not None]
+    return torch.stack(squares).sum() if squares else loss.new_zeros((), dtype=torch.float64)
+
+
+def before_clone(x: Tensor) -> Tensor | GradientEdge:
     """Where the gradient at a tap is measured.
 
     A value that the model overwrites in place is captured as a clone, which the task loss does not depend on.
@@ -315,19 +466,6 @@ def _before_clone(x: Tensor) -> Tensor | GradientEdge:
     if x.grad_fn is not None and x.grad_fn.name() == 'CloneBackward0':
         return GradientEdge(*x.grad_fn.next_functions[0])
     return x
-
-
-@contextmanager
-def preserve_random_state() -> Iterator[None]:
-    """Whatever is drawn inside, from Python, NumPy or torch, leaves their random states as they were."""
-    states = random.getstate(), np.random.get_state()
-    try:
-        # naming all devices keeps torch from warning that there are several
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-            yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
 
 
 @contextmanager

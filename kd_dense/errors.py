@@ -14,6 +14,19 @@ class DistillationError(RuntimeError):
     """A run that can not go on: a loss that is not finite, a connector without gradient, a tap that never fires."""
 
 
+class Interrupted(Exception):
+    """A run that a signal stopped after its state was saved.
+
+    Args:
+        message: what was saved, and how to go on.
+        signal: number of the signal.
+    """
+
+    def __init__(self, message: str, signal: int) -> None:
+        super().__init__(message)
+        self.signal = signal
+
+
 def closest(name: str, candidates: Iterable[str], count: int = 3) -> str:
     """``did you mean 'a', 'b'?`` for the names closest to ``name``, or a list of all when none is close."""
     names = sorted(set(map(str, candidates)))
@@ -28,9 +41,18 @@ def closest(name: str, candidates: Iterable[str], count: int = 3) -> str:
     return 'known: ' + ', '.join(names) if names else 'there are none'
 
 
+def sentence(error: Exception) -> str:
+    """The message on one line; of an error in a worker process of a data loader without the traceback around it."""
+    text = str(error)
+    if text.startswith('Caught ') and 'Traceback' in text:
+        text = text.rpartition(f'{type(error).__name__}: ')[2]
+    return ' '.join(text.split())
+
+
 def exit_with_sentence(main: Callable) -> Callable:
     """Decorator for the ``main`` of a tool: our own errors end it with ``error: ...`` on stderr and exit code 2.
 
+    A run that a signal stopped ends with ``stopped: ...`` and 128 plus the number of the signal, as a shell reports it.
     Every other exception is a bug of ours or of a toolbox and keeps its traceback.
     """
 
@@ -39,7 +61,10 @@ def exit_with_sentence(main: Callable) -> Callable:
         try:
             return main(*args, **kwargs)
         except (ConfigError, DistillationError) as error:
-            print('error: ' + ' '.join(str(error).split()), file=sys.stderr, flush=True)
+            print('error: ' + sentence(error), file=sys.stderr, flush=True)
             sys.exit(2)
+        except Interrupted as error:
+            print('stopped: ' + sentence(error), file=sys.stderr, flush=True)
+            sys.exit(128 + error.signal)
 
     return wrapper

@@ -6,8 +6,11 @@ from typing import Any
 
 from mmengine.registry import DATASETS as MMENGINE_DATASETS
 from mmengine.registry import HOOKS as MMENGINE_HOOKS
+from mmengine.registry import LOOPS as MMENGINE_LOOPS
 from mmengine.registry import METRICS as MMENGINE_METRICS
+from mmengine.registry import MODEL_WRAPPERS as MMENGINE_MODEL_WRAPPERS
 from mmengine.registry import MODELS as MMENGINE_MODELS
+from mmengine.registry import OPTIM_WRAPPERS as MMENGINE_OPTIM_WRAPPERS
 from mmengine.registry import Registry
 
 from kd_dense.errors import ConfigError, closest
@@ -16,6 +19,13 @@ MODELS = Registry('model', parent=MMENGINE_MODELS, scope='kd_dense', locations=[
 DATASETS = Registry('dataset', parent=MMENGINE_DATASETS, scope='kd_dense', locations=['kd_dense.data.datasets'])
 METRICS = Registry('metric', parent=MMENGINE_METRICS, scope='kd_dense', locations=['kd_dense.engine.cityscapes'])
 HOOKS = Registry('hook', parent=MMENGINE_HOOKS, scope='kd_dense', locations=['kd_dense.engine'])
+LOOPS = Registry('loop', parent=MMENGINE_LOOPS, scope='kd_dense', locations=['kd_dense.engine.loops'])
+MODEL_WRAPPERS = Registry(
+    'model_wrapper', parent=MMENGINE_MODEL_WRAPPERS, scope='kd_dense', locations=['kd_dense.models.sharded']
+)
+OPTIM_WRAPPERS = Registry(
+    'optim_wrapper', parent=MMENGINE_OPTIM_WRAPPERS, scope='kd_dense', locations=['kd_dense.engine.amp']
+)
 
 # Roots of their own: MMEngine admits one child registry per scope and parent, and these are never built by a host
 # toolbox.

@@ -4,10 +4,16 @@ A *tap* is written ``module.path``, or ``module.path:key`` with one or more inte
 returns: ``neck``, ``backbone:3``, ``bbox_head:0:2``, ``model.23:one2many:scores``. An adapter may add *aliases* for
 places that have no module of their own (``logits``; ``neck`` of a YOLO model), each a list of such names.
 
+``module.path@view`` takes another view of a call of the module than what it returns. The one there is, ``qkv``, gives
+query, key and value of an attention module; see :func:`kd_dense.attention.qkv`.
+
 Taps shadow ``forward`` on the tapped module instances while recording, and are gone outside of it: nothing stays on the
 model that a pickle, a deep copy or an export could meet. Shadowing, unlike a forward hook, also sees heads whose
 ``forward`` the toolbox calls directly (every decode head of MMSegmentation, the dense heads of MMDetection in tensor
 mode).
+
+Under ``torch.compile`` a graph ends before and begins after each tapped module, and the module itself is compiled on
+its own; what happens here runs in Python, so that a tap means the same as without compilation.
 """
 
 from __future__ import annotations
@@ -17,9 +23,16 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from kd_dense.attention import is_attention, qkv
 from kd_dense.errors import ConfigError, DistillationError, closest
+
+#: View -> (does a module have it?, the view of a call: module, args, kwargs -> tensors).
+VIEWS: dict[str, tuple[Callable[[nn.Module], bool], Callable[[nn.Module, tuple, dict], Any]]] = {
+    'qkv': (is_attention, qkv)
+}
 
 
 class _Stop(BaseException):
@@ -50,7 +63,7 @@ class Taps:
         self._modules = {n: m for n, m in model.named_modules(remove_duplicate=False) if n}
         self.expanded = {name: self._expand(name) for name in dict.fromkeys(names)}
         paths = dict.fromkeys(path for parts in self.expanded.values() for path, _ in parts)
-        self._tapped = {path: self._modules[path] for path in paths}
+        self._tapped = {path: self._modules[path.partition('@')[0]] for path in paths}
         # Is the captured tensor overwritten by a later in-place operation? Found out in the first recording, which
         # clones all.
         self._overwritten: dict[str, bool] = {}
@@ -59,6 +72,10 @@ class Taps:
         self._calls: dict[Hashable, Counter] = {}
         self._records: dict[str, list] = {}
         self._recording = False
+        # Path -> the forward of its module and what shadows it. Kept, because torch.compile compiles anew for every new
+        # function that it meets.
+        self._shadows: dict[str, tuple[Callable, Callable]] = {}
+        self._fired: Callable[[str], None] = lambda path: None
 
     def _expand(self, name: str) -> list[tuple[str, tuple[str, ...]]]:
         """Tap name -> ``(module path, keys)`` pairs."""
@@ -75,11 +92,22 @@ class Taps:
             found = [(path, (*inner, *keys)) for path, inner in map(self._split, members)]
         else:
             found = [(head, tuple(keys))]
-        for path, _ in found:
+        for whole, _ in found:
+            path, at, view = whole.partition('@')
             if path not in self._modules:
                 near = closest(path, [*self._modules, *self.aliases])
                 raise ConfigError(f'{self.key}: the model has no module {path!r}; {near}')
+            if at:
+                self._check_view(name, path, view)
         return found
+
+    def _check_view(self, name: str, path: str, view: str) -> None:
+        if view not in VIEWS:
+            raise ConfigError(f'{self.key}: tap {name!r}: there is no view {view!r}; {closest(view, VIEWS)}')
+        has_view, _ = VIEWS[view]
+        if not has_view(self._modules[path]):
+            kind, able = type(self._modules[path]).__name__, [p for p, m in self._modules.items() if has_view(m)]
+            raise ConfigError(f'{self.key}: tap {name!r}: {path} is a {kind} without {view}; {closest(path, able)}')
 
     @property
     def paths(self) -> list[str]:
@@ -99,6 +127,7 @@ class Taps:
         with self._recorder(lambda path: None):
             yield self
 
+    @torch.compiler.disable(recursive=False)
     def run_until_deepest(self, forward: Callable[[], Any], key: Hashable = None) -> None:
         """Call ``forward`` and abandon it as soon as every tap has fired as often as it does in a whole forward.
 
@@ -132,32 +161,58 @@ class Taps:
             raise RuntimeError('taps can not be recorded twice at the same time')
         self._records = {path: [] for path in self._tapped}
         shadowed = {}
-        self._recording = True
+        self._recording, self._fired = True, fired
         try:
             for path, module in self._tapped.items():
                 shadowed[path] = module.__dict__.get('forward')
-                module.__dict__['forward'] = self._wrap(path, module.forward, fired)
+                module.__dict__['forward'] = self._shadow(path, module.forward)
             yield
         except BaseException:
             self._records = {}  # let the tensors go
             raise
         finally:
-            self._recording = False
+            self._recording, self._fired = False, lambda path: None
             for path, before in reversed(shadowed.items()):  # one module may have two paths and be shadowed twice
                 if before is None:
                     del self._tapped[path].__dict__['forward']
                 else:  # an instance attribute of the host, such as the forward of a fused layer
                     self._tapped[path].__dict__['forward'] = before
 
-    def _wrap(self, path: str, forward: Callable, fired: Callable[[str], None]) -> Callable:
-        def tapped(*args: Any, **kwargs: Any) -> Any:
-            output = forward(*args, **kwargs)
-            self._records[path].append(_Capture(output, clone=self._overwritten.get(path, True)))
-            fired(path)
-            return output
+    @torch.compiler.disable
+    def _shadow(self, path: str, forward: Callable) -> Callable:
+        """``forward``, which also captures what it returns."""
+        known, shadow = self._shadows.get(path, (None, None))
+        if known != forward:
+            module = self._tapped[path]
+            _, view = VIEWS.get(path.partition('@')[2], (None, None))
 
-        return tapped
+            def run(*args: Any, **kwargs: Any) -> Any:
+                return forward(*args, **kwargs)
 
+            # torch.compile limits the number of graphs of one code object, so each tapped module gets its own.
+            run.__code__ = run.__code__.replace(co_name=f'tapped_{path}')
+
+            @torch.compiler.disable(recursive=False)
+            def shadow(*args: Any, **kwargs: Any) -> Any:
+                output = run(*args, **kwargs)
+                self._capture(path, output if view is None else self._view(path, view, module, args, kwargs))
+                return output
+
+            self._shadows[path] = forward, shadow
+        return shadow
+
+    def _view(self, path: str, view: Callable, module: nn.Module, args: tuple, kwargs: dict) -> Any:
+        try:
+            return view(module, args, kwargs)
+        except ConfigError as error:
+            raise ConfigError(f'{self.key}: tap {path!r}: {error}') from None
+
+    @torch.compiler.disable
+    def _capture(self, path: str, output: Any) -> None:
+        self._records[path].append(_Capture(output, clone=self._overwritten.get(path, True)))
+        self._fired(path)
+
+    @torch.compiler.disable
     def take(self) -> dict[str, list[Tensor]]:
         """Tap name -> its tensors in the order in which they were produced; the recording is emptied.
 

@@ -33,6 +33,7 @@ class Teacher:
         self.model = freeze(model)
         self.remap = remap
 
+    @torch.compiler.disable(recursive=False)
     def __call__(
         self, taps: Taps, images: Tensor, forward: Callable[[Tensor], object], image_sizes: Tensor | None = None
     ) -> dict[str, list[Tensor]]:
@@ -69,6 +70,11 @@ def _absent() -> None:
 def freeze(model: nn.Module) -> nn.Module:
     """Evaluation mode, and no parameter wants a gradient."""
     return model.eval().requires_grad_(False)
+
+
+def is_frozen(model: nn.Module) -> bool:
+    """Is ``model`` as :func:`freeze` leaves it?"""
+    return not any(p.requires_grad for p in model.parameters()) and not any(m.training for m in model.modules())
 
 
 @dataclass(frozen=True)
@@ -156,7 +162,32 @@ class Remap:
         return '; '.join(parts)
 
 
-def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str, allow: Iterable[str] = ()) -> str:
+class LoadReport(str):
+    """What was loaded, as a sentence that also has the numbers in it.
+
+    Attributes:
+        tensors: number loaded.
+        all_tensors: number that the model has.
+        parameters: trainable numbers loaded.
+        all_parameters: those that the model has.
+    """
+
+    tensors: int
+    all_tensors: int
+    parameters: int
+    all_parameters: int
+
+    @classmethod
+    def of(cls, tensors: int, all_tensors: int, parameters: int, all_parameters: int, source: str) -> LoadReport:
+        """``teacher: 391/391 tensors, 24.7 M of 24.7 M parameters from FILE``."""
+        millions = f'{parameters / 1e6:.1f} M of {all_parameters / 1e6:.1f} M parameters'
+        report = cls(f'teacher: {tensors}/{all_tensors} tensors, {millions} from {source}')
+        report.tensors, report.all_tensors = tensors, all_tensors
+        report.parameters, report.all_parameters = parameters, all_parameters
+        return report
+
+
+def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str, allow: Iterable[str] = ()) -> LoadReport:
     """Load a teacher's weights strictly and report what was loaded.
 
     Args:
@@ -202,8 +233,7 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str, all
     parameters = dict(model.named_parameters())
     total = sum(p.numel() for p in parameters.values())
     loaded = sum(p.numel() for n, p in parameters.items() if n in loadable)
-    millions = f'{loaded / 1e6:.1f} M of {total / 1e6:.1f} M parameters'
-    report = f'teacher: {len(loadable)}/{len(own)} tensors, {millions} from {source}'
+    report = LoadReport.of(len(loadable), len(own), loaded, total, source)
     logger.info(report)
     return report
 

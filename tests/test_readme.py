@@ -43,7 +43,17 @@ from tests.helpers import tiny
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = ('README.md', 'docs/user_guide.md')
-TOOLS = ('train', 'test', 'compare', 'demo', 'make_scenes', 'setup_env', 'dataset_converters/coco2yolo')
+TOOLS = (
+    'train',
+    'test',
+    'doctor',
+    'export',
+    'compare',
+    'demo',
+    'make_scenes',
+    'setup_env',
+    'dataset_converters/coco2yolo',
+)
 TASKS = ('segmentation', 'detection', 'yolo')
 
 SUBSTITUTES = {

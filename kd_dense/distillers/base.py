@@ -75,6 +75,30 @@ class Distiller(nn.Module):
         """
         raise NotImplementedError
 
+    def view(self, images: Tensor, context: Context) -> Tensor:
+        """What the student sees in this step instead of ``images`` ``[B, C, H, W]``; the teacher sees ``images``.
+
+        Must leave ``images`` as they are and every object where it is: labels and boxes stay the same. There is one
+        forward of the student, for the task and for all distillers, so batch norm sees each image once.
+        """
+        return images
+
+    def after_step(self, lr: float) -> None:
+        """Called when the host's optimizer has stepped, with the learning rate of that step.
+
+        The place to train what the distiller owns but the host does not train, see
+        :class:`~kd_dense.side_trained.SideTrained`.
+        """
+
+    def idle_parameters(self) -> list[nn.Parameter]:
+        """Parameters that took no part in the last forward because of what the batch was.
+
+        They are excused from the check that every connector gets a gradient in the first step; in distributed training
+        they are given one of 0. A connector that chooses among branches has a method of this name.
+        """
+        choosing = (m for m in self.modules() if m is not self and hasattr(m, 'idle_parameters'))
+        return [p for m in choosing for p in m.idle_parameters()]
+
 
 def paired_shapes(student: Probe, teacher: Probe, role: str) -> list[tuple[torch.Size, torch.Size]]:
     """Shapes of both sides under ``role``, level by level.

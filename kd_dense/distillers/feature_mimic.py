@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from kd_dense.connectors import as_map, build_connector, match_size
+from kd_dense.connectors import as_map, build_connector, joins_levels, match_size
 from kd_dense.context import Context
 from kd_dense.description import Probe
 from kd_dense.distillers.base import Distiller, TapConfig, TapPair, describe, paired_shapes
@@ -19,17 +19,19 @@ class FeatureDistiller(Distiller):
 
     Args:
         taps: feature maps, tokens or vectors; see :class:`~kd_dense.taps.Taps`.
-        connector: a registered connector, one per level; ``None``: a 1x1 convolution where the widths differ.
+        connector: a registered connector, one per level, or one that joins all levels (``'CSF'``); ``None``: a 1x1
+            convolution where the widths differ.
         bias: of that 1x1 convolution.
     """
 
     def __init__(self, taps: TapConfig, connector: Mapping | str | None = None, bias: bool = True) -> None:
         super().__init__()
         self.taps = {'features': TapPair.parse(taps)}
-        self._connector, self._bias = connector, bias
+        self._connector, self._bias, self._joint = connector, bias, False
         self.connectors = nn.ModuleList()
 
     def setup(self, student: Probe, teacher: Probe) -> None:
+        widths = []
         for s, t in paired_shapes(student, teacher, 'features'):
             if len(s) != len(t) or (len(s) == 3 and s[1] != t[1]):
                 raise ConfigError(
@@ -37,15 +39,21 @@ class FeatureDistiller(Distiller):
                     'not go together: maps go with maps, and tokens with as many tokens, as their places in the image '
                     'are not known'
                 )
-            self.connectors.append(build_connector(self._connector, _width(s), _width(t), 'connector', self._bias))
+            widths.append((_width(s), _width(t)))
+        self._joint = joins_levels(self._connector, 'connector')
+        if self._joint:
+            widths = [tuple(zip(*widths, strict=True))]
+        for s, t in widths:
+            self.connectors.append(build_connector(self._connector, s, t, 'connector', self._bias))
 
     def levels(self, student: dict[str, list[Tensor]], teacher: dict[str, list[Tensor]]) -> list[tuple[Tensor, Tensor]]:
         """Per level: the connected student map and the teacher map resized to it, both ``[B, C_T, h, w]``."""
-        pairs = []
-        for s, t, connector in zip(student['features'], teacher['features'], self.connectors, strict=True):
-            s = connector(as_map(s))
-            pairs.append((s, match_size(as_map(t), s)))
-        return pairs
+        maps = [as_map(s) for s in student['features']]
+        if self._joint:
+            maps = self.connectors[0](maps)
+        else:
+            maps = [connector(s) for s, connector in zip(maps, self.connectors, strict=True)]
+        return [(s, match_size(as_map(t), s)) for s, t in zip(maps, teacher['features'], strict=True)]
 
 
 @DISTILLERS.register_module()
@@ -58,7 +66,7 @@ class FeatureMimic(FeatureDistiller):
     Args:
         taps: for example ``'neck'`` (all FPN levels) or ``['backbone:2', 'backbone:3']``.
         connector: see :class:`FeatureDistiller`.
-        loss: ``'mse'``, ``'l1'`` or ``'cosine'``.
+        loss: ``'mse'``, ``'l1'``, ``'cosine'`` or ``'hcl'``.
         use_mask: leave padding and ignored pixels out.
     """
 

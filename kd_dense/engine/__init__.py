@@ -1,7 +1,18 @@
 """Hooks for MMEngine's runner, and the functions that the tools call."""
 
+from kd_dense.engine.gradient_hook import GradientHook
 from kd_dense.engine.hook import DistillationHook
+from kd_dense.engine.loops import ResumableEpochLoop
 from kd_dense.engine.random_state_hook import RandomStateHook
 from kd_dense.engine.record_hook import RecordHook
+from kd_dense.engine.safety_hooks import FiniteHook, StopHook
 
-__all__ = ['DistillationHook', 'RandomStateHook', 'RecordHook']
+__all__ = [
+    'DistillationHook',
+    'FiniteHook',
+    'GradientHook',
+    'RandomStateHook',
+    'RecordHook',
+    'ResumableEpochLoop',
+    'StopHook',
+]

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from mmengine.dist import broadcast_object_list, is_main_process
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
 from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
-from rich.console import Console
-from rich.table import Table
 
-from kd_dense.distillation import TapRow, preserve_random_state
+from kd_dense.analysis.doctor.scores import weak_teacher
+from kd_dense.analysis.doctor.weights import about_weights
+from kd_dense.analysis.tap_table import tap_table
+from kd_dense.engine.gradient_hook import GradientHook
+from kd_dense.engine.random_state_hook import RandomStateHook
+from kd_dense.engine.safety_hooks import FiniteHook
+from kd_dense.engine.score import score
 from kd_dense.errors import ConfigError, DistillationError
+from kd_dense.random_state import preserve_random_state
 from kd_dense.registry import HOOKS
 from kd_dense.teacher import match_classes
 
@@ -37,6 +41,9 @@ class DistillationHook(Hook):
     first backward checks that every connector received a gradient. Checkpoints get the distillation state under the key
     ``kd_dense``, beside the student's plain weights.
 
+    It brings along :class:`FiniteHook`, :class:`RandomStateHook` and :class:`GradientHook`, where the config does not
+    name them.
+
     Args:
         score_teacher: run the validation loop once with the teacher before training. Takes as long as one validation.
     """
@@ -49,6 +56,11 @@ class DistillationHook(Hook):
         self.teacher_score: dict[str, float] | None = None
 
     # -- start ---------------------------------------------------------------------------------------------------------
+
+    def before_run(self, runner: Runner) -> None:
+        for companion in (FiniteHook, RandomStateHook, GradientHook):
+            if not any(isinstance(hook, companion) for hook in runner.hooks):
+                runner.register_hook(companion())
 
     def before_train(self, runner: Runner) -> None:
         model = distillation_of(runner)
@@ -64,10 +76,23 @@ class DistillationHook(Hook):
             match_classes(student_classes, teacher_classes, model.teacher_classes)
         self._check_optimizer(runner, model)
         print_log('\n' + tap_table(model.distillers.table), 'current')
+        nothing, sentences = about_weights(model.distillers)
         if self.score_teacher and runner.val_loop is not None:
             self.teacher_score = self._score(runner, model)
             text = ', '.join(f'{k} {v:.4g}' for k, v in self.teacher_score.items())
             print_log(f'teacher on the validation set: {text}', 'current')
+            sentences.append(self._about_teacher(runner, student_classes))
+        for sentence in filter(None, [nothing, *sentences]):
+            print_log(sentence, 'current', logging.WARNING)
+
+    def _about_teacher(self, runner: Runner, classes: list[str] | None) -> str | None:
+        from kd_dense.engine.run import _metric  # that module needs this one
+
+        metric = _metric(runner.cfg)
+        if metric is None:
+            return None
+        value = self.teacher_score.get(metric[0])
+        return weak_teacher(value and metric[1] * value, metric[0].rpartition('/')[2], classes and len(classes))
 
     def _check_optimizer(self, runner: Runner, model: Any) -> None:
         wrapper = runner.optim_wrapper
@@ -94,10 +119,10 @@ class DistillationHook(Hook):
         if found[0] is not None:
             return found[0]
         with preserve_random_state():  # a data loader draws a seed: the student must not notice
-            score = evaluate(model.teacher.model, runner)
+            found = evaluate(model.teacher.model, runner)
         if is_main_process():
-            path.write_text(json.dumps({'key': key, 'score': score}, indent=1))
-        return score
+            path.write_text(json.dumps({'key': key, 'score': found}, indent=1))
+        return found
 
     # -- clock ---------------------------------------------------------------------------------------------------------
 
@@ -107,7 +132,10 @@ class DistillationHook(Hook):
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict | None = None
     ) -> None:
-        distillation_of(runner).distillers.verify_gradients()
+        distillers = distillation_of(runner).distillers
+        distillers.verify_gradients()
+        # the base rate comes first, where there are multiples of it
+        distillers.after_step(next(iter(runner.optim_wrapper.get_lr().values()))[0])
 
     @staticmethod
     def _clock(runner: Runner, model: Any) -> None:
@@ -142,18 +170,12 @@ def distillation_of(runner: Runner) -> Any:
     return model if isinstance(model, Distillation) else None
 
 
-@torch.no_grad()
 def evaluate(model: torch.nn.Module, runner: Runner) -> dict[str, float]:
     """Score ``model`` by its own ``val_step``, on the runner's validation data, with a fresh copy of its evaluator."""
     evaluator = runner.build_evaluator(
         runner._val_evaluator if isinstance(runner._val_evaluator, (dict, list)) else runner.cfg.val_evaluator
     )
-    evaluator.dataset_meta = runner.val_dataloader.dataset.metainfo
-    model.eval()
-    for batch in runner.val_dataloader:
-        evaluator.process(data_samples=model.val_step(batch), data_batch=batch)
-    metrics = evaluator.evaluate(len(runner.val_dataloader.dataset))
-    return {k: float(v) for k, v in metrics.items() if isinstance(v, (int, float, np.number))}
+    return score(model, runner.val_dataloader, evaluator)
 
 
 def _fingerprint(model: torch.nn.Module, dataset: Any) -> str:
@@ -171,17 +193,3 @@ def _fingerprint(model: torch.nn.Module, dataset: Any) -> str:
     }
     digest.update(json.dumps(settings, sort_keys=True).encode())
     return digest.hexdigest()
-
-
-def tap_table(rows: list[TapRow]) -> str:
-    """The taps of every distiller as text, one line per role."""
-    table = Table(title='taps', expand=False)
-    for column in ('distiller', 'role', 'student', 'teacher', 'connector parameters', 'loss weight'):
-        table.add_column(column)
-    for row in rows:
-        table.add_row(
-            row.distiller, row.role, row.student, row.teacher, f'{row.connector_parameters:,}', row.loss_weight
-        )
-    with io.StringIO() as text:
-        Console(width=160, file=text).print(table)
-        return text.getvalue()

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import random
+from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy as np
-import torch
 from mmengine.dist import get_world_size
 from mmengine.hooks import Hook
 from mmengine.runner import EpochBasedTrainLoop, Runner
 
+from kd_dense.engine.loops import ResumableEpochLoop
+from kd_dense.random_state import capture, restore
 from kd_dense.registry import HOOKS
 
 _KEY = 'kd_dense_random_state'
@@ -20,62 +20,72 @@ _KEY = 'kd_dense_random_state'
 class RandomStateHook(Hook):
     """Stores the random states in checkpoints and puts them back on resume; MMEngine itself starts again from the seed.
 
-    In an epoch-based run everything is put back when the next epoch begins. An iteration-based run first draws the
-    batches that were seen before, which brings the states of Python and NumPy, from which augmentations draw, to where
-    they were; torch's is put back after that. With several processes nothing is put back: a checkpoint holds the states
-    of one.
+    A resumed run first draws the batches of the iterations that are done: all of them in an iteration-based run, those
+    of the current epoch in an epoch-based one (where the loop is :class:`ResumableEpochLoop`; MMEngine's own begins the
+    epoch anew). Then the states are put back. With several processes none is put back: a checkpoint holds the states of
+    one.
     """
 
     priority = 'VERY_LOW'  # when a checkpoint is saved, whatever draws in that step has drawn
 
     def __init__(self) -> None:
-        self._pending: dict[str, Any] | None = None
-        self._before_validation: dict[str, Any] = {}
+        self._resumed: dict[str, Any] | None = None
+        self._epoch_start: dict[str, Any] | None = None
+        self._before_validation: dict[str, Any] | None = None
 
     def before_val(self, runner: Runner) -> None:
-        self._before_validation = _current()
+        self._before_validation = capture()
 
     def after_val(self, runner: Runner) -> None:
-        _restore(self._before_validation)
+        restore(self._before_validation)
+        self._before_validation = None
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        checkpoint[_KEY] = _current()
+        # A checkpoint of the best score is written before the validation has ended.
+        now = self._before_validation or capture()
+        checkpoint[_KEY] = {'now': now, 'before_epoch': self._epoch_start}
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        if runner._resume and get_world_size() == 1:
-            self._pending = checkpoint.get(_KEY)
+        if runner._resume:
+            self._resumed = checkpoint.get(_KEY, {})
 
     def before_train_epoch(self, runner: Runner) -> None:
-        if self._pending is not None and isinstance(runner.train_loop, EpochBasedTrainLoop):
-            _restore(self._pending)
-            self._pending = None
+        state, self._resumed = self._resumed, None
+        loop = runner.train_loop
+        if state is not None:
+            put_back = (lambda: restore(state['now'])) if state and get_world_size() == 1 else (lambda: None)
+            if not isinstance(loop, EpochBasedTrainLoop):
+                loop.dataloader_iterator = _Then(loop.dataloader_iterator, loop.iter, put_back)
+            elif self._begin_inside(loop):
+                if state and get_world_size() == 1:
+                    restore(state['before_epoch'])
+                loop.skipped = put_back
+            else:
+                put_back()
+        self._epoch_start = capture()
 
-    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
-        if self._pending is not None:
-            _restore_torch(self._pending)
-            self._pending = None
-
-
-def _current() -> dict[str, Any]:
-    """The random states of Python, NumPy and torch, as plain values and tensors."""
-    name, keys, *rest = np.random.get_state()
-    return {
-        'python': random.getstate(),
-        'numpy': {'name': name, 'keys': torch.from_numpy(keys.astype(np.int64)), 'rest': tuple(rest)},
-        'torch': torch.get_rng_state(),
-        'cuda': torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
-
-
-def _restore(state: dict[str, Any]) -> None:
-    version, numbers, gauss = state['python']
-    random.setstate((version, tuple(numbers), gauss))
-    numpy = state['numpy']
-    np.random.set_state((numpy['name'], numpy['keys'].numpy().astype(np.uint32), *numpy['rest']))
-    _restore_torch(state)
+    @staticmethod
+    def _begin_inside(loop: EpochBasedTrainLoop) -> bool:
+        """Was the checkpoint written in the middle of an epoch? Then tell the loop how many of its batches are done."""
+        done = loop.iter - loop.epoch * len(loop.dataloader)
+        if not isinstance(loop, ResumableEpochLoop) or not 0 < done <= len(loop.dataloader):
+            return False
+        loop.skip = done
+        return True
 
 
-def _restore_torch(state: dict[str, Any]) -> None:
-    torch.set_rng_state(state['torch'])
-    if state['cuda'] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state['cuda'])
+class _Then:
+    """An iterator that calls ``then`` once, after ``count`` items."""
+
+    def __init__(self, iterator: Iterator, count: int, then: Callable[[], None]) -> None:
+        self._iterator, self._left, self._then = iterator, count, then
+
+    def __iter__(self) -> _Then:
+        return self
+
+    def __next__(self) -> Any:
+        item = next(self._iterator)
+        self._left -= 1
+        if self._left == 0:
+            self._then()
+        return item

@@ -12,16 +12,22 @@ from typing import Any
 import numpy as np
 import torch
 from mmengine.config import Config
-from mmengine.device import get_device
 from mmengine.dist import is_main_process
 from mmengine.registry import DATASETS, RUNNERS, VISUALIZERS, init_default_scope
 from mmengine.runner import Runner
 
 from kd_dense import checkpoint as checkpoints
+from kd_dense.analysis.doctor.environment import operators_problem
 from kd_dense.analysis.record import RunRecord
+from kd_dense.engine.amp import set_precision
 from kd_dense.engine.cpu_processes import start_cpu_processes
+from kd_dense.engine.data_checks import check_loader, named_if_empty
+from kd_dense.engine.loops import use_resumable_loop
 from kd_dense.errors import ConfigError
+from kd_dense.failures import as_sentences
 from kd_dense.models.build import build_model, build_teacher, model_config, read_checkpoint, read_config
+from kd_dense.run_lock import is_first_process, locked
+from kd_dense.stopping import stop_signals
 
 #: Metric that counts in a comparison, by what the evaluator computes -> key in the validation metrics, factor to
 #: percent.
@@ -37,11 +43,15 @@ def load_config(path: str, options: Mapping[str, Any] | None = None) -> Config:
     """Read a config of any of the three toolboxes and apply ``--cfg-options``.
 
     Raises:
-        ConfigError: no such file, or it can not be parsed.
+        ConfigError: no such file, or it can not be parsed, or the options do not fit it.
     """
     cfg = read_config(path, 'CONFIG')
     if options:
-        cfg.merge_from_dict(dict(options))
+        try:
+            cfg.merge_from_dict(dict(options))
+        except (TypeError, KeyError, IndexError, ValueError) as error:  # a key inside of what is no dict, say
+            reason = ' '.join(str(error).split())
+            raise ConfigError(f'--cfg-options: do not fit {path}: {reason}; name keys that the config has') from error
     return cfg
 
 
@@ -108,7 +118,7 @@ def train(
         seed: of everything random; ``None``: the config's own.
         resume: ``True`` or ``'auto'``: go on from the last checkpoint in ``work_dir`` if there is one; a path: from
             that one.
-        amp: mixed precision, as ``--amp`` of the toolboxes.
+        amp: mixed precision, as ``--amp`` of the toolboxes; on a CPU too, in bfloat16.
         auto_scale_lr: as ``--auto-scale-lr`` of the toolboxes.
         launcher: ``'none'``, ``'pytorch'``, ``'slurm'`` or ``'mpi'``.
 
@@ -116,7 +126,10 @@ def train(
         What was written to ``work_dir/record.json``; ``None`` on other processes than the first, or without validation.
 
     Raises:
-        ConfigError: a config that can not work, a data set or teacher file that is missing.
+        ConfigError: a config that can not work, a data set or teacher file that is missing, or a work dir that another
+            run is writing to.
+        DistillationError: training can not go on; the checkpoints that were written are good.
+        Interrupted: by SIGINT or SIGTERM, after the state was saved.
     """
     name = cfg.filename or ''
     if cfg.get('model') is None:
@@ -128,8 +141,10 @@ def train(
         hooks.append(dict(type='kd_dense.DistillationHook'))
     if seed is not None:
         cfg.randomness = dict(cfg.get('randomness') or {}, seed=seed)
-    if not any(_is_type(h, 'RandomStateHook') for h in hooks):
-        hooks.append(dict(type='kd_dense.RandomStateHook'))
+    for safety in ('RandomStateHook', 'GradientHook', 'FiniteHook', 'StopHook'):
+        if not any(_is_type(h, safety) for h in hooks):
+            hooks.append(dict(type=f'kd_dense.{safety}'))
+    use_resumable_loop(cfg)
     metric = _metric(cfg)
     if metric is not None and not any(_is_type(h, 'RecordHook') for h in hooks):
         hooks.append(
@@ -144,11 +159,7 @@ def train(
             )
         )
     cfg.custom_hooks = hooks
-    if amp:
-        if get_device() in ('cpu', 'mps'):
-            raise ConfigError('--amp: mixed precision needs a GPU, and this machine shows none; train without --amp')
-        cfg.optim_wrapper.type = 'AmpOptimWrapper'
-        cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
+    set_precision(cfg, amp)
     if auto_scale_lr:
         if 'base_batch_size' not in (cfg.get('auto_scale_lr') or {}):
             raise ConfigError('auto_scale_lr.base_batch_size: --auto-scale-lr needs it in the config')
@@ -159,11 +170,33 @@ def train(
         cfg.resume = True
         cfg.load_from = None if resume in (True, 'auto') else str(resume)
     check_data(cfg)
-    start_cpu_processes(cfg)
-    runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
-    runner.train()
+    if _toolbox(cfg) in ('mmseg', 'mmdet') and (problem := operators_problem()):
+        raise ConfigError(problem)
+    with locked(work_dir, launcher), stop_signals(), as_sentences(work_dir):
+        if is_first_process(launcher):
+            checkpoints.remove_leftovers(work_dir)
+        start_cpu_processes(cfg)
+        runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+        for part in ('train', 'val'):
+            _build_loader(runner, part)
+        runner.train()
     record = Path(work_dir) / 'record.json'
     return RunRecord.load(record) if is_main_process() and record.is_file() else None
+
+
+def _build_loader(runner: Runner, part: str) -> None:
+    """Build a data loader before the loop does, which would wait for a first batch for ever where there are no images.
+
+    Args:
+        part: ``'train'``, ``'val'`` or ``'test'``.
+    """
+    name = f'_{part}_dataloader'
+    loader = getattr(runner, name, None)
+    if isinstance(runner, Runner) and isinstance(loader, Mapping):  # as MMEngine's loops build it
+        different = runner._randomness_cfg.get('diff_rank_seed', False)
+        with named_if_empty(loader, name[1:]):
+            loader = runner.build_dataloader(loader, seed=runner.seed, diff_rank_seed=different)
+        setattr(runner, name, check_loader(loader, name[1:]))
 
 
 def _metric(cfg: Config) -> tuple[str, float] | None:
@@ -249,10 +282,12 @@ def evaluate(
         folder = osp.join(work_dir, 'cityscapes_predictions')
         official = dict(type='kd_dense.OfficialCityscapesMetric', output_dir=folder, prefix='cityscapesscripts')
         cfg.test_evaluator = [*evaluators, official]
-    start_cpu_processes(cfg)
-    runner = Runner.from_cfg(cfg)
-    load_student(runner.model, checkpoint)
-    metrics = runner.test()
+    with as_sentences(work_dir):
+        start_cpu_processes(cfg)
+        runner = Runner.from_cfg(cfg)
+        load_student(runner.model, checkpoint)
+        _build_loader(runner, 'test')
+        metrics = runner.test()
     return {k: float(v) for k, v in metrics.items() if isinstance(v, (int, float, np.number))}
 
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from kd_dense import checkpoint as checkpoints
 from kd_dense.errors import ConfigError
-from kd_dense.teacher import load_weights
+from kd_dense.teacher import LoadReport, load_weights
 
 #: Scopes a model may come from -> module whose import fills the registry.
 SCOPES = {'mmseg': 'mmseg.models', 'mmdet': 'mmdet.models'}
@@ -55,7 +55,9 @@ def model_config(source: str | Mapping, key: str) -> ConfigDict:
         model = copy.deepcopy(cfg.model)
         if model.get('type', '').endswith('Distillation') and 'student' in model:
             # our own config: whoever distilled that student may use it as a teacher
-            return model_config(model['student'], key)
+            student = model_config(model['student'], key)
+            student.setdefault('_scope_', cfg.get('default_scope', 'mmengine'))
+            return student
         if 'data_preprocessor' not in model and 'data_preprocessor' in cfg:
             model.data_preprocessor = copy.deepcopy(cfg.data_preprocessor)
         model.setdefault('_scope_', cfg.get('default_scope', 'mmengine'))
@@ -95,7 +97,7 @@ def build_model(source: str | Mapping | nn.Module, key: str, pretrained: bool = 
 def build_teacher(
     config: Any, checkpoint: str | None, allow: tuple[str, ...] = (), trusted: bool = False
 ) -> tuple[nn.Module, dict]:
-    """Build and load a teacher.
+    """Build and load a teacher; a built module, with its weights loaded, is returned as it is.
 
     Returns:
         The model, and the ``meta`` of its checkpoint (class names among other things).
@@ -105,6 +107,15 @@ def build_teacher(
     """
     if isinstance(config, nn.Module) and checkpoint is None:
         return config, {}
+    model, meta, report = load_teacher(config, checkpoint, allow, trusted)
+    print_log(report, 'current')
+    return model, meta
+
+
+def load_teacher(
+    config: Any, checkpoint: str | None, allow: tuple[str, ...] = (), trusted: bool = False
+) -> tuple[nn.Module, dict, LoadReport]:
+    """:func:`build_teacher`, with the report of what was loaded."""
     if checkpoint is None:
         raise ConfigError(
             'teacher.checkpoint: none is given, and a teacher with random weights teaches nothing; give the '
@@ -113,9 +124,8 @@ def build_teacher(
     loaded = read_checkpoint(fetch(checkpoint), 'teacher.checkpoint', trusted)
     model = build_model(config, 'teacher.config', pretrained=False)
     report = load_weights(model, checkpoints.state_dict_of(loaded), str(checkpoint), allow)
-    print_log(report, 'current')
     meta = loaded.get('meta') if isinstance(loaded.get('meta'), Mapping) else {}
-    return model, dict(meta)
+    return model, dict(meta), report
 
 
 def read_checkpoint(path: str, key: str, trusted: bool = False) -> dict:

@@ -18,33 +18,75 @@ _NO_LOGITS = {
     'CornerHead': 'CornerHead predicts corners, not boxes with classes',
     'CentripetalHead': 'CentripetalHead predicts corners, not boxes with classes',
     'GroundingDINOHead': 'GroundingDINOHead scores words of a prompt, not classes',
+    'DINOHead': 'the queries of DINOHead are chosen anew in each image, so those of two models do not correspond',
+    'YOLACTHead': 'YOLACTHead runs a different number of times in training than in the plain forward',
+    'CondInstBboxHead': 'CondInstBboxHead runs a different number of times in training than in the plain forward',
 }
+#: What the batch or chance changes, and no tensor's shape: left in evaluation mode in the dry forward.
+_BATCH_DEPENDENT = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd)
 _INSTEAD = "; distil features (taps='neck' or 'backbone:3') instead"
 
 
-def describe(model: nn.Module, probe_size: tuple[int, int] | None = None) -> Description:
+def describe(model: nn.Module, probe_size: tuple[int, int] | None = None, training: bool = False) -> Description:
     """Describe a segmentor of MMSegmentation or a detector of MMDetection.
 
     Args:
         probe_size: ``(H, W)`` of the made-up image of the dry forward; ``None``: the fixed size of the model's data
             preprocessor where it has one, else 320 x 320.
+        training: the taps will be read in training, as those of a student are; of a teacher, in evaluation.
     """
     logits, tap = _logits(model)
     aliases = {'logits': [tap], 'branch_logits': [tap]} if isinstance(logits, Logits) else {}
-    return Description(model, dry_run(model, probe_size), aliases, logits)
+    absent = {}
+    embeddings = _patch_embeddings(model)
+    if embeddings:
+        aliases['patch_embeddings'] = embeddings
+    else:
+        kind = type(getattr(model, 'backbone', None)).__name__
+        absent['patch_embeddings'] = (
+            f'{kind} is none of the backbones with one patch embedding for each stage (MiT, PVT, Swin); name the '
+            'modules whose outputs enter its stages'
+        )
+    # Some modules return other things in training than in evaluation, and some heads ask for ground truth in training
+    # or always: what is closest to the forward that will be tapped comes first.
+    modes = [True, False] if training else [False]
+    run, *others = [dry_run(model, probe_size, mode, features) for features in (False, True) for mode in modes]
+    return Description(model, run, aliases, logits, absent, normalization(model), tuple(others))
 
 
-def dry_run(model: nn.Module, size: tuple[int, int] | None = None) -> Callable[[], tuple[int, int]]:
-    """A function that runs the model in tensor mode on one made-up image and returns the image's size."""
+def probe_canvas(model: nn.Module, size: tuple[int, int] | None = None) -> tuple[int, int]:
+    """``(H, W)`` of a made-up image for ``model``: ``size``, or that of its data preprocessor, or 320 x 320."""
+    return size or getattr(getattr(model, 'data_preprocessor', None), 'size', None) or (320, 320)
+
+
+def dry_run(
+    model: nn.Module, size: tuple[int, int] | None = None, training: bool = False, features: bool = False
+) -> Callable[[], tuple[int, int]]:
+    """A function that runs the model in tensor mode on one made-up image and returns the image's size.
+
+    Args:
+        training: as in training, but for normalisation and dropout.
+        features: only as far as the features, backbone and neck.
+    """
 
     def run() -> tuple[int, int]:
         preprocessor = getattr(model, 'data_preprocessor', None)
-        h, w = size or getattr(preprocessor, 'size', None) or (320, 320)
+        h, w = probe_canvas(model, size)
         mean = getattr(preprocessor, 'mean', None)
         channels = mean.numel() if isinstance(mean, torch.Tensor) and mean.numel() > 1 else _input_channels(model)
         device = next(model.parameters()).device
         images = torch.zeros(1, channels, h, w, device=device)
-        model(images, made_up_samples(model, 1, (h, w)), mode='tensor')
+        if training:
+            for module in model.modules():
+                module.training = not isinstance(module, _BATCH_DEPENDENT)
+        try:
+            if features:
+                model.extract_feat(images)
+            else:
+                model(images, made_up_samples(model, 1, (h, w)), mode='tensor')
+        finally:
+            if training:
+                model.eval()
         return h, w
 
     return run
@@ -62,14 +104,33 @@ def made_up_samples(model: nn.Module, count: int, size: tuple[int, int]) -> list
     return [DetDataSample(metainfo=meta) for _ in range(count)]
 
 
+def _patch_embeddings(model: nn.Module) -> list[str]:
+    """The modules that give the tokens that enter each stage of a hierarchical transformer; none for others."""
+    backbone = getattr(model, 'backbone', None)
+    stages = getattr(backbone, 'layers', None)  # MiT and PVT: patch embedding, blocks and norm of each stage
+    if isinstance(stages, nn.ModuleList) and all(
+        isinstance(stage, nn.ModuleList) and type(stage[0]).__name__ == 'PatchEmbed' for stage in stages
+    ):
+        return [f'backbone.layers.{i}.0' for i in range(len(stages))]
+    stages = getattr(backbone, 'stages', None)  # Swin: the end of a stage makes the tokens of the next
+    if isinstance(stages, nn.ModuleList) and hasattr(backbone, 'patch_embed'):
+        merging = [i for i, stage in enumerate(stages) if getattr(stage, 'downsample', None) is not None]
+        return ['backbone.patch_embed', *(f'backbone.stages.{i}.downsample' for i in merging)]
+    return []
+
+
 def is_segmentor(model: nn.Module) -> bool:
     """Does the model come from MMSegmentation (or is built like its segmentors)?"""
     return hasattr(model, 'decode_head')
 
 
 def _input_channels(model: nn.Module) -> int:
-    convolution = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
-    return convolution.in_channels if convolution is not None else 3
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d):
+            stem = type(model.get_submodule(name.rpartition('.')[0].rpartition('.')[0])).__name__
+            # YOLOX begins with taking four neighbouring pixels for the channels of one
+            return module.in_channels // 4 if stem == 'Focus' else module.in_channels
+    return 3
 
 
 def _logits(model: nn.Module) -> tuple[Logits | str, str]:
@@ -84,6 +145,9 @@ def _logits(model: nn.Module) -> tuple[Logits | str, str]:
     for cls in type(head).__mro__:
         if cls.__name__ in _NO_LOGITS:
             return _NO_LOGITS[cls.__name__] + _INSTEAD, ''
+    if getattr(model, 'as_two_stage', False):
+        kind = f'a two-stage {type(model).__name__}'
+        return f'the queries of {kind} are chosen anew in each image, so they do not correspond' + _INSTEAD, ''
     classes = getattr(head, 'cls_out_channels', None)
     if classes is None:
         return f'{type(head).__name__} does not say how many class channels it has' + _INSTEAD, ''

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,15 +12,17 @@ from mmengine.model import BaseModel
 from torch import Tensor, nn
 
 from kd_dense.context import Context
-from kd_dense.distillation import Distillers, preserve_random_state
+from kd_dense.distillation import Distillers, uncompiled
 from kd_dense.errors import ConfigError, closest
 from kd_dense.models.build import build_model, build_teacher
-from kd_dense.models.describe import describe, is_segmentor, normalization
+from kd_dense.models.describe import describe, is_segmentor, normalization, probe_canvas
+from kd_dense.random_state import preserve_random_state
 from kd_dense.registry import MODELS
 from kd_dense.taps import Taps
 from kd_dense.teacher import Remap, Teacher
 
-_TEACHER_KEYS = ('config', 'checkpoint', 'allow', 'classes', 'scale', 'trusted')
+MODEL_KEYS = ('student', 'teacher', 'distillers', 'probe_size', 'seed')
+TEACHER_KEYS = ('config', 'checkpoint', 'allow', 'classes', 'scale', 'trusted')
 
 
 @MODELS.register_module()
@@ -67,17 +70,9 @@ class Distillation(BaseModel):
         **unknown: Any,
     ) -> None:
         if unknown:
-            known = ('student', 'teacher', 'distillers', 'probe_size', 'seed')
             name = next(iter(unknown))
-            raise ConfigError(f'model: Distillation has no option {name!r}; {closest(name, known)}')
-        teacher = {'config': teacher} if isinstance(teacher, nn.Module) else teacher
-        if not isinstance(teacher, Mapping):
-            raise ConfigError('teacher: must be a dict with the keys config and checkpoint')
-        for name in teacher:
-            if name not in _TEACHER_KEYS:
-                raise ConfigError(f'teacher: has no option {name!r}; {closest(name, _TEACHER_KEYS)}')
-        if 'config' not in teacher:
-            raise ConfigError('teacher.config: is missing; give the config that the teacher was trained with')
+            raise ConfigError(f'model: Distillation has no option {name!r}; {closest(name, MODEL_KEYS)}')
+        teacher = check_teacher(teacher)
         if isinstance(student, Mapping) and data_preprocessor is not None:
             student = {'data_preprocessor': data_preprocessor, **student}
         student = build_model(student, 'student')
@@ -88,12 +83,17 @@ class Distillation(BaseModel):
                 teacher['config'], teacher.get('checkpoint'), teacher.get('allow', ()), teacher.get('trusted', False)
             )
             self.distillers = Distillers(distillers)
-            self.distillers.setup(describe(student, probe_size), describe(model, probe_size), seed)
+            # the teacher's dry forward is of what it will see, whatever size it was trained on
+            size = probe_canvas(student, probe_size)
+            scaled = tuple(int(n * teacher.get('scale', 1.0)) for n in size)
+            self.distillers.setup(describe(student, size, training=True), describe(model, scaled), seed)
         remap = Remap(normalization(student), normalization(model), teacher.get('scale', 1.0))
         self.teacher = Teacher(model, None if remap.is_identity else remap)
         self.teacher_meta = meta
         self.teacher_classes = teacher.get('classes')
         self.progress: float | None = None
+        self._own_names = False
+        self.gathered_distillation_state: dict[str, Tensor] | None = None  # under FSDP, by its wrapper
         self.iteration = self.epoch = 0
         self._register_load_state_dict_pre_hook(self._plain_to_own)
         print_log(f'teacher sees {self.teacher.remap or "the same images as the student"}', 'current')
@@ -115,7 +115,18 @@ class Distillation(BaseModel):
         """The student's plain state dict: what a checkpoint holds. See :meth:`distillation_state` for the rest."""
         if args:  # the positional form that torch still accepts
             destination, prefix, keep_vars = (*args, *(destination, prefix, keep_vars)[len(args) :])
+        if self._own_names:
+            return super().state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
         return self.student.state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
+
+    @contextmanager
+    def all_under_own_names(self) -> Iterator[None]:
+        """Inside, ``state_dict`` gives what a module of this structure gives: ``student.*`` and ``distillers.*``."""
+        self._own_names = True
+        try:
+            yield
+        finally:
+            self._own_names = False
 
     def _plain_to_own(self, state_dict: dict, prefix: str, *_: Any) -> None:
         """Before loading: move the student's plain keys under ``student.``; the rest of this model stays as it is."""
@@ -128,6 +139,8 @@ class Distillation(BaseModel):
 
     def distillation_state(self) -> dict[str, Tensor]:
         """What a checkpoint has beside the weights: connectors, calibrated loss weights, buffers of the distillers."""
+        if self.gathered_distillation_state is not None:
+            return self.gathered_distillation_state
         return self.distillers.state_dict()
 
     def load_distillation_state(self, state: Mapping[str, Tensor]) -> None:
@@ -156,6 +169,7 @@ class Distillation(BaseModel):
 
     # -- forward -------------------------------------------------------------------------------------------------------
 
+    @torch.compiler.disable(recursive=False)  # it is Python around three models; they and the losses are compiled
     def forward(self, inputs: Tensor, data_samples: list | None = None, mode: str = 'tensor') -> Any:
         """As the student's own; with ``mode='loss'`` the distillers' losses are added under ``kd.name.loss``."""
         if mode != 'loss':
@@ -176,8 +190,12 @@ class Distillation(BaseModel):
             lambda images: self._run_teacher(images, data_samples, teacher_taps),
             context.image_sizes,
         )
+        context.image = inputs = self.distillers.view(inputs, context)
         with student_taps.record():
-            losses = self.student(inputs, data_samples, mode='loss')
+            if self.distillers.calibrates(active):
+                losses = uncompiled(self.student, inputs, data_samples, mode='loss')
+            else:
+                losses = self.student(inputs, data_samples, mode='loss')
             student_values = student_taps.take()
         distilled = self.distillers(student_values, teacher_values, context, lambda: self.parse_losses(losses)[0])
         return self._with_idle(losses | {f'kd.{name}': value for name, value in distilled.items()})
@@ -196,6 +214,7 @@ class Distillation(BaseModel):
         else:
             model(images, data_samples, mode='tensor')
 
+    @torch.compiler.disable
     def context(self, inputs: Tensor, data_samples: list) -> Context:
         """What the distillers may know about this batch."""
         canvas = (int(inputs.shape[2]), int(inputs.shape[3]))
@@ -204,6 +223,7 @@ class Distillation(BaseModel):
         context = Context(
             canvas,
             torch.tensor(sizes, device=inputs.device) if padded else None,
+            image=inputs,
             iteration=self.iteration,
             epoch=self.epoch,
             progress=self.progress,
@@ -218,3 +238,20 @@ class Distillation(BaseModel):
             if all('masks' in i for i in instances):
                 context.masks = [i.masks for i in instances]
         return context
+
+
+def check_teacher(teacher: Mapping | nn.Module) -> Mapping:
+    """The value of ``teacher`` as a dict.
+
+    Raises:
+        ConfigError: no dict and no module, an unknown key, or no ``config``.
+    """
+    teacher = {'config': teacher} if isinstance(teacher, nn.Module) else teacher
+    if not isinstance(teacher, Mapping):
+        raise ConfigError('teacher: must be a dict with the keys config and checkpoint')
+    for name in teacher:
+        if name not in TEACHER_KEYS:
+            raise ConfigError(f'teacher: has no option {name!r}; {closest(name, TEACHER_KEYS)}')
+    if 'config' not in teacher:
+        raise ConfigError('teacher.config: is missing; give the config that the teacher was trained with')
+    return teacher

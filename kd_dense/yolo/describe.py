@@ -12,6 +12,7 @@ from ultralytics.nn.modules.head import Detect
 from kd_dense.description import Description, Logits
 from kd_dense.errors import ConfigError
 from kd_dense.taps import Taps
+from kd_dense.teacher import Normalization
 
 #: Aliases that stand for class predictions, which are comparable only between equal class lists.
 CLASS_ALIASES = ('logits', 'logits_one2one', 'branch_logits')
@@ -39,7 +40,8 @@ def describe(model: nn.Module) -> Description:
         raise ConfigError(f'{type(model).__name__} is not an Ultralytics model built from a model YAML')
     aliases = {'backbone': _layers(_backbone(model)), 'neck': _layers(_sources(layers[-1]))}
     logits = _logits(model, aliases)
-    return Description(model, lambda: _run(model), aliases, logits)
+    pixels = Normalization((0.0,) * channels(model), (255.0,) * channels(model), 'rgb')  # the trainer gives 0..1
+    return Description(model, lambda: _run(model), aliases, logits, normalization=pixels)
 
 
 def channels(model: nn.Module) -> int:

@@ -16,6 +16,7 @@ from ultralytics.utils.ops import xywh2xyxy
 from ultralytics.utils.patches import imread
 
 from kd_dense.yolo.config import read
+from kd_dense.yolo.teacher import read_checkpoint
 from kd_dense.yolo.trainer import require_dataset
 
 
@@ -37,6 +38,11 @@ def examples(
     data = require_dataset(config.data)
     arguments = get_cfg(overrides={'task': 'detect', 'imgsz': config.train.get('imgsz', 640), 'data': config.data})
     dataset = build_yolo_dataset(arguments, data['val'], batch=1, data=data, mode='val', rect=False)
+    for name, path in checkpoints.items():  # YOLO() itself would execute what a file names
+        if path is None:
+            read_checkpoint(config.teacher['checkpoint'], 'teacher.checkpoint', config.teacher['trusted'])
+        else:
+            read_checkpoint(path, name)
     models = {name: YOLO(str(path or config.teacher['checkpoint'])) for name, path in checkpoints.items()}
     rows = []
     for index in np.linspace(0, len(dataset) - 1, min(count, len(dataset))).astype(int):

@@ -58,6 +58,17 @@ class DistillationModel(UltralyticsDistillationModel):
         # Ultralytics takes the teacher off the moving average's copy; nobody reads averaged connectors either.
         self._teacher = self.distillers = None
 
+    def compile_student(self, mode: str | bool = 'default', backend: str = 'inductor') -> None:
+        """Have ``torch.compile`` compile the student's forward.
+
+        In place: names of modules and tensors stay as they are, and copies (the moving average, a checkpoint) are not
+        compiled.
+
+        Args:
+            mode: of ``torch.compile``; ``True`` is ``'default'``, as for Ultralytics' argument ``compile``.
+        """
+        self.student_model.compile(mode='default' if mode is True else mode, backend=backend)
+
     def _apply(self, fn, recurse: bool = True) -> DistillationModel:
         super()._apply(fn, recurse)
         if self._teacher is not None:
@@ -85,15 +96,19 @@ class DistillationModel(UltralyticsDistillationModel):
             # The teacher goes first: what it needs on the way is free again before the student stores for its backward.
             taps = self.distillers.taps('teacher', active)
             teacher = self._teacher(taps, images, forward_for(self.teacher_model, taps))
+            context.image = images = self.distillers.view(images, context)
             with self.distillers.taps('student', active).record() as taps:
-                preds = self.student_model(images)
+                if self.distillers.calibrates(active):
+                    preds = self.student_model.forward(images)  # not by way of what was compiled
+                else:
+                    preds = self.student_model(images)
                 student = taps.take()
             parts, items = self.student_model.loss(batch, preds)
             del preds
             size = images.shape[0]
             losses = self.distillers(student, teacher, context, lambda: parts.sum() / size)
         else:
-            parts, items = self.student_model.loss(batch)
+            parts, items = self.student_model.loss(batch, self.student_model(images))
             losses = {}
         sums = self._sum_by_distiller(losses, images)
         parts = torch.cat([parts.reshape(-1), sum(sums.values()).reshape(1) * images.shape[0]])
@@ -131,6 +146,7 @@ class DistillationModel(UltralyticsDistillationModel):
             canvas=(height, width),
             boxes=boxes,
             labels=labels,
+            image=images,
             iteration=self.iteration,
             epoch=self.epoch,
             progress=self.progress,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,9 +11,11 @@ from torch import nn
 from ultralytics.nn.tasks import BaseModel, torch_safe_load
 from ultralytics.utils import LOGGER
 
-from kd_dense.distillation import Distillers, preserve_random_state
+from kd_dense.checkpoint import CheckpointError, check_readable
+from kd_dense.distillation import Distillers
 from kd_dense.errors import ConfigError, closest
-from kd_dense.teacher import load_weights, match_classes
+from kd_dense.random_state import preserve_random_state
+from kd_dense.teacher import LoadReport, load_weights, match_classes
 from kd_dense.yolo.describe import CLASS_ALIASES, channels, class_names
 
 #: Keys of ``teacher`` in a config, with their defaults.
@@ -55,29 +58,55 @@ def load_teacher(teacher: Mapping, student: nn.Module) -> nn.Module:
             or classes than the student; weights that are not finite.
     """
     options = check_options(teacher)
+    model, report = read_teacher(options)
+    check_channels(model, student)
+    if options['classes'] != 'ignore':
+        match_classes(class_names(student), class_names(model), options['classes'])
+    LOGGER.info(f'{report} ({len(class_names(model))} classes)')
+    return place(model, student)
+
+
+def read_teacher(options: Mapping) -> tuple[nn.Module, LoadReport]:
+    """The model in the file of a teacher, by itself, and what was loaded.
+
+    Args:
+        options: see :func:`check_options`.
+
+    Raises:
+        ConfigError: see :func:`load_teacher`.
+    """
     path = Path(options['checkpoint']).expanduser()
-    model = _read(path, options['trusted'])
+    model = _model_in(read_checkpoint(path, 'teacher.checkpoint', options['trusted']), path)
     if options['config'] is not None:
         report = _compare(model, options['config'], path, options['allow'])
     else:
         # The file brings its own architecture; there is nothing that could be missing.
-        count, parameters = len(model.state_dict()), sum(p.numel() for p in model.parameters()) / 1e6
-        report = f'teacher: {count}/{count} tensors, {parameters:.1f} M of {parameters:.1f} M parameters from {path}'
+        count, parameters = len(model.state_dict()), sum(p.numel() for p in model.parameters())
+        report = LoadReport.of(count, count, parameters, parameters, str(path))
     if not all(torch.isfinite(v).all() for v in model.state_dict().values()):
         raise ConfigError(f'teacher.checkpoint: {path} has weights that are not finite; train the teacher again')
-    if channels(model) != channels(student):
+    return model, report
+
+
+def check_channels(teacher: nn.Module, student: nn.Module) -> None:
+    """Do both take images of as many channels?
+
+    Raises:
+        ConfigError: they do not.
+    """
+    if channels(teacher) != channels(student):
         raise ConfigError(
-            f'teacher.checkpoint: {path} takes images of {channels(model)} channels, the student {channels(student)}; '
-            'both must see the same images'
+            f'teacher.checkpoint: its model takes images of {channels(teacher)} channels, the student '
+            f'{channels(student)}; both must see the same images'
         )
-    if options['classes'] != 'ignore':
-        match_classes(class_names(student), class_names(model), options['classes'])
-    LOGGER.info(f'{report} ({len(class_names(model))} classes)')
-    parameter = next(student.parameters())
-    model.to(parameter.device)
+
+
+def place(teacher: nn.Module, student: nn.Module) -> nn.Module:
+    """Put the teacher on the device and into the memory format of the student."""
+    teacher.to(next(student.parameters()).device)
     if _is_channels_last(student):
-        model.to(memory_format=torch.channels_last)
-    return model
+        teacher.to(memory_format=torch.channels_last)
+    return teacher
 
 
 def check_class_taps(distillers: Distillers, teacher: Mapping) -> None:
@@ -97,19 +126,51 @@ def check_class_taps(distillers: Distillers, teacher: Mapping) -> None:
                 )
 
 
-def _read(path: Path, trusted: bool) -> nn.Module:
+def read_checkpoint(path: str | Path, key: str, trusted: bool = False) -> dict:
+    """What a ``.pt`` file of Ultralytics holds, loaded without executing code.
+
+    Only tensors, plain data and the classes of PyTorch and Ultralytics are admitted. A file that passes can be loaded
+    by Ultralytics' own functions too, which by themselves call whatever it names.
+
+    Args:
+        key: config key named in errors.
+        trusted: load it without restrictions.
+
+    Raises:
+        ConfigError: no such file, a truncated one, or one that names something else.
+    """
+    path = Path(path).expanduser()
     if not path.is_file():
+        raise ConfigError(f'{key}: there is no file {path}; train or download the model and give its path')
+    if trusted:
+        LOGGER.warning(f'{path} is loaded as trusted: its pickle may call any function with your rights.')
+    elif not hasattr(torch.serialization, 'get_unsafe_globals_in_checkpoint'):
+        # Ultralytics would fall back to loading without restrictions.
         raise ConfigError(
-            f'teacher.checkpoint: there is no file {path}; train or download the teacher and give its path'
+            f'{key}: PyTorch {torch.__version__} can not load {path} without executing what it names; use PyTorch 2.6 '
+            'or later, or trusted=True if you know where the file comes from'
         )
     try:
-        checkpoint, _ = torch_safe_load(str(path), safe_only=not trusted)
+        check_readable(path)
+    except CheckpointError as error:
+        raise ConfigError(f'{key}: {error}') from error
+    try:
+        return torch_safe_load(str(path), safe_only=not trusted)[0]
     except Exception as error:
+        refused = re.search(r'GLOBAL ([\w.]+)', str(error.__cause__))
+        if refused is not None:
+            raise ConfigError(
+                f'{key}: {path} names {refused[1]}, which is neither plain data nor a class of Ultralytics and could '
+                'run code, so it was not loaded; if you know where the file comes from, set trusted=True'
+            ) from error
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigError(
-            f'teacher.checkpoint: {path} can not be loaded ({reason}); give a .pt file of Ultralytics, and '
+            f'{key}: {path} can not be loaded ({reason}); give a .pt file of Ultralytics, and '
             'trusted=True if it holds classes of your own and you know where it comes from'
         ) from error
+
+
+def _model_in(checkpoint: Mapping, path: Path) -> nn.Module:
     model = checkpoint.get('ema') or checkpoint.get('model')
     model = getattr(model, 'student_model', model)  # an unfinished run of Ultralytics' own distillation
     if not isinstance(model, BaseModel):
@@ -121,7 +182,7 @@ def _read(path: Path, trusted: bool) -> nn.Module:
     return model.float()
 
 
-def _compare(model: nn.Module, config: str, path: Path, allow: tuple[str, ...]) -> str:
+def _compare(model: nn.Module, config: str, path: Path, allow: tuple[str, ...]) -> LoadReport:
     """Is ``model`` what ``config`` describes? The report of :func:`kd_dense.teacher.load_weights`."""
     from ultralytics.nn.tasks import yaml_model_load
 

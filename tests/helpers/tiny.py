@@ -326,3 +326,20 @@ def detection_run(model: dict, data: Path, epochs: int = 2) -> Config:
     cfg.default_hooks.checkpoint.update(interval=1, max_keep_ckpts=10)
     cfg.default_hooks.logger.interval = 1
     return cfg
+
+
+def transformer(kind: str = 'mit', width: int = 4, classes: int = 7) -> dict:
+    """An mmseg ``EncoderDecoder`` with a four-stage transformer (``mit``, ``pvt`` or ``swin``) of one block a stage."""
+    common = dict(embed_dims=width, num_heads=[1, 2, 2, 4], out_indices=(0, 1, 2, 3), drop_path_rate=0.1)
+    backbone, widths = {
+        'mit': (dict(type='MixVisionTransformer', num_layers=[1, 1, 1, 1], mlp_ratio=2), [1, 2, 2, 4]),
+        'pvt': (
+            dict(type='mmdet.PyramidVisionTransformerV2', num_layers=[1, 1, 1, 1], mlp_ratios=(2, 2, 2, 2)),
+            [1, 2, 2, 4],
+        ),
+        'swin': (dict(type='SwinTransformer', depths=(1, 1, 1, 1), window_size=4, mlp_ratio=2), [1, 2, 4, 8]),
+    }[kind]
+    model = segmentor(width, classes)
+    model['backbone'] = common | backbone
+    model['decode_head']['in_channels'] = [width * w for w in widths]
+    return model

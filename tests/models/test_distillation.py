@@ -31,6 +31,11 @@ def segmentation(teacher, distillers=None, **kwargs):
     return model.train()
 
 
+def test_build_model__of_a_config_of_ours__is_its_student():
+    assert type(build_model('configs/demo/detection.py', 'student')).__module__.startswith('mmdet')
+    assert type(build_model('configs/demo/segmentation.py', 'student')).__module__.startswith('mmseg')
+
+
 def losses_of(model, batch=None):
     data = model.data_preprocessor(batch or tiny.segmentation_batch(), True)
     return model(**data, mode='loss')

@@ -167,7 +167,9 @@ def test_connectors_do_not_depend_on_the_random_state_nor_change_it():
 def test_context_describes_the_batch(empty):
     joined = join(student_of('yolo11'), build('yolo11', 0.1875, seed=1))
     joined.progress, joined.epoch, joined.iteration = 0.5, 2, 7
-    context = joined._context(batch_of(size=96, empty=empty))
+    batch = batch_of(size=96, empty=empty)
+    context = joined._context(batch)
+    assert context.image is batch['img']
     assert (context.canvas, context.progress, context.epoch, context.iteration) == ((96, 96), 0.5, 2, 7)
     assert [len(b) for b in context.boxes] == [0 if empty else 2, 0]
     assert [len(b) for b in context.labels] == [0 if empty else 2, 0]
