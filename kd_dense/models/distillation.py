@@ -169,7 +169,7 @@ class Distillation(BaseModel):
 
     # -- forward -------------------------------------------------------------------------------------------------------
 
-    @torch.compiler.disable(recursive=False)  # it is Python around three models; they and the losses are compiled
+    @torch.compiler.disable(recursive=False)  # Python around two models; those are compiled
     def forward(self, inputs: Tensor, data_samples: list | None = None, mode: str = 'tensor') -> Any:
         """As the student's own; with ``mode='loss'`` the distillers' losses are added under ``kd.name.loss``."""
         if mode != 'loss':
