@@ -5,7 +5,7 @@ _base_ = ['./yolo_teacher.py']
 student = 'configs/demo/yolo_student.yaml'
 teacher = dict(checkpoint='work_dirs/demo_yolo/teacher/weights/last.pt')
 distillers = dict(
-    # The levels that feed the head, where the teacher sees an object: the loss that Ultralytics ships.
-    native=dict(type='Native', loss_weight=6.0),
+    # Class predictions at every cell, at the start with as much gradient at the class logits as the task has there.
+    logits=dict(type='LogitKD', loss_weight=dict(type='auto', share=1.0)),
 )
 train = dict(epochs=6)
