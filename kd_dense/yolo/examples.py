@@ -32,7 +32,8 @@ def examples(
         count: images, spread evenly over the validation set.
 
     Returns:
-        Per image: ``input``, ``truth`` and one entry per key of ``checkpoints``, each ``[H, W, 3]`` RGB, uint8.
+        Per image: ``input``, ``truth`` and one entry per key of ``checkpoints``, each ``[H, W, 3]`` RGB, uint8; what is
+        drawn on is enlarged where the image is small.
     """
     config = read(config)
     data = require_dataset(config.data)
@@ -50,7 +51,7 @@ def examples(
         row = {'input': image, 'truth': _truth(image, dataset.labels[index], data['names'])}
         for name, model in models.items():
             (result,) = model.predict(image, imgsz=arguments.imgsz, verbose=False)
-            row[name] = result.plot(conf=False)
+            row[name] = _plot(result)
         rows.append({name: np.ascontiguousarray(drawn[..., ::-1]) for name, drawn in row.items()})
     return rows
 
@@ -60,4 +61,14 @@ def _truth(image: np.ndarray, label: Mapping, names: Mapping[int, str]) -> np.nd
     boxes = xywh2xyxy(np.asarray(label['bboxes'], dtype=np.float32)) * np.float32([width, height, width, height])
     ones = np.ones((len(boxes), 1), np.float32)
     rows = torch.from_numpy(np.concatenate([boxes, ones, label['cls'].reshape(-1, 1)], 1))
-    return Results(image, path='', names=dict(names), boxes=rows).plot(conf=False)
+    return _plot(Results(image, path='', names=dict(names), boxes=rows))
+
+
+def _plot(result: Results, side: int = 480) -> np.ndarray:
+    """The drawing by Ultralytics; of a small image enlarged, so that the labels of the boxes do not cover it."""
+    factor = max(1, round(side / max(result.orig_shape)))
+    image = np.ascontiguousarray(result.orig_img.repeat(factor, 0).repeat(factor, 1))
+    boxes = result.boxes.data.clone()
+    boxes[:, :4] *= factor
+    masks = None if result.masks is None else result.masks.data
+    return Results(image, path='', names=result.names, boxes=boxes, masks=masks).plot(conf=False)
