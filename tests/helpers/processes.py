@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
+import multiprocessing
 import os
 import signal
 import sys
@@ -12,37 +14,51 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest import mock
 
+import cloudpickle
 import torch
 
 
 def in_a_fork(action: Callable[[], object], errors: Path) -> int:
-    """Call ``action`` in a forked process and wait for it.
+    """Call ``action`` in a process of its own and wait for it.
+
+    The process is forked from a server that has imported the toolboxes and done nothing else. A fork of the process
+    that runs the tests may hang: it has the locks that other threads (of plots, say) held at that moment.
 
     Args:
+        action: sent by value, with whatever it refers to; the module of a test that it is from is imported there.
         errors: gets everything that the process wrote, and the traceback of an exception.
 
     Returns:
         0 when ``action`` returned, 1 when it raised, minus the number of the signal that killed the process otherwise.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            file = os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            os.dup2(file, 1)
-            os.dup2(file, 2)
-            # pytest has put objects of its own there
-            sys.stdout = sys.stderr = io.TextIOWrapper(io.FileIO(file, 'w', closefd=False), write_through=True)
-            action()
-            code = 0
-        except BaseException:
-            with contextlib.suppress(Exception):
-                traceback.print_exc()
-        finally:
-            os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    context = multiprocessing.get_context('forkserver')
+    context.set_forkserver_preload(['kd_dense', 'mmdet.models', 'mmseg.models', 'kd_dense.yolo'])
+    message = cloudpickle.dumps((action, dict(os.environ), os.getcwd()))
+    process = context.Process(target=_run, args=(action.__module__, message, str(errors)))
+    process.start()
+    process.join()
+    return process.exitcode
+
+
+def _run(module: str, message: bytes, errors: str) -> None:
+    code = 1
+    try:
+        file = os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(file, 1)
+        os.dup2(file, 2)
+        sys.stdout = sys.stderr = io.TextIOWrapper(io.FileIO(file, 'w', closefd=False), write_through=True)
+        importlib.import_module(module)  # it may register hooks
+        action, environment, folder = cloudpickle.loads(message)
+        os.environ.clear()
+        os.environ.update(environment)
+        os.chdir(folder)
+        action()
+        code = 0
+    except BaseException:
+        with contextlib.suppress(Exception):
+            traceback.print_exc()
+    finally:
+        os._exit(code)
 
 
 def kill_myself() -> None:
