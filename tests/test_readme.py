@@ -7,7 +7,8 @@ programs run as they are written; what is replaced is small and listed here:
 * the configs of this repository that a command names are shortened to a few iterations (:meth:`Sandbox.shorten`);
 * checkpoints and data sets that the documents name are tiny ones at the same paths (:func:`sandbox`);
 * ``make`` and ``tools/demo.py`` are not run: :data:`HANDLERS` says how each is checked instead, and what runs it; the
-  command for several GPUs runs in a slow test.
+  command for several GPUs runs in a slow test;
+* the doctor may find that the tiny teachers know nothing, because they do not.
 
 A command without a handler, an unknown flag, a path or a config that does not exist: each fails a test.
 """
@@ -234,6 +235,17 @@ def check_demo(sandbox: Sandbox, words: list[str]) -> None:
     parser_of(words[1], words[2:])
 
 
+def run_doctor(sandbox: Sandbox, words: list[str]) -> None:
+    """Run in this process, as written. The teachers of the sandbox are random, and that alone may it find wrong."""
+    report = sandbox.root / 'doctor.json'
+    try:
+        call_tool(words[1], [*words[2:], '--json', str(report)])
+    except AssertionError:
+        checks = json.loads(report.read_text())['checks']
+        failed = [name for name, check in checks.items() if check['status'] == 'failed']
+        assert failed == ['scores']
+
+
 def check_several_gpus(sandbox: Sandbox, words: list[str]) -> None:
     """Let the script print the torchrun command, and let torchrun and ``tools/train.py`` read theirs.
 
@@ -278,6 +290,7 @@ HANDLERS: dict[str, Callable[[Sandbox, list[str]], None]] = {
     r'export KD_DENSE_\w+=': run_export,
     r'(mkdir|ln) ': run_in_shell,
     r'python tools/demo\.py ': check_demo,
+    r'python tools/doctor\.py ': run_doctor,
     r'python tools/': run_tool,
     r'tools/dist_train\.sh ': check_several_gpus,
 }
