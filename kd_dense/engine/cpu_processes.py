@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+
 import torch.distributed as dist
 from mmengine.config import Config
 from mmengine.device import get_device
@@ -20,9 +22,16 @@ def start_cpu_processes(cfg: Config) -> None:
         return
     if not dist.is_initialized():
         dist.init_process_group('gloo')
+        # Its threads, if they are still there when the interpreter ends, can abort the process.
+        atexit.register(_leave)
     wrapper = dict(
         type='MMDistributedDataParallel',
         broadcast_buffers=False,
         find_unused_parameters=cfg.get('find_unused_parameters', False),
     )
     cfg.model_wrapper_cfg = dict(wrapper, **(cfg.get('model_wrapper_cfg') or {}), device_ids=None)
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
