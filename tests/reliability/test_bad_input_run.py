@@ -275,9 +275,13 @@ def test_a_signal_while_the_teacher_is_scored(segmentation, tmp_path, monkeypatc
         return original(self, index)
 
     monkeypatch.setattr(BaseSegDataset, '__getitem__', getitem)
-    monkeypatch.setattr(signal, 'signal', _keep_first(signal.signal))
-    with pytest.raises(Interrupted, match='SIGTERM before training began; start it again'):
-        train(segmentation(), str(tmp_path))
+    handler, set_handler = signal.getsignal(signal.SIGTERM), signal.signal
+    monkeypatch.setattr(signal, 'signal', _keep_first(set_handler))
+    try:
+        with pytest.raises(Interrupted, match='SIGTERM before training began; start it again'):
+            train(segmentation(), str(tmp_path))
+    finally:
+        set_handler(signal.SIGTERM, handler)
     assert names(tmp_path) == []
 
 
