@@ -2,6 +2,7 @@
 """Measure what distillation gained: student alone and distilled, with the same seeds, data order and schedule.
 
     python tools/compare.py CONFIG --seeds 0 1 2         train both with every seed, then compare; run again to go on
+    python tools/compare.py CONFIG CONFIG ...            several ways to distil into one student, trained alone once
     python tools/compare.py --student DIR ... --distilled DIR ... [--teacher VALUE|DIR]       compare finished runs
 
 A DIR is the work dir of a run, or a folder with seed_0, seed_1, ... in it. Several variants: --distilled A=DIR B=DIR.
@@ -31,6 +32,8 @@ from kd_dense.analysis.runs import (
     teacher_argument,
     teacher_score,
     train_runs,
+    train_variants,
+    variant_names,
 )
 from kd_dense.engine import run as engine
 from kd_dense.errors import ConfigError, DistillationError, exit_with_sentence
@@ -41,9 +44,9 @@ PICTURE = 'comparison.png'
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add('config', nargs='?', help='distillation config: train what is missing, then compare')
+    add('config', nargs='*', help='distillation config: train what is missing, then compare')
     add('--seeds', type=int, nargs='+', default=[0, 1, 2], help='default: 0 1 2; more seeds, a narrower interval')
-    add('--work-dir', help='default: work_dirs/NAME_OF_CONFIG/compare, or work_dirs/compare')
+    add('--work-dir', help='default: work_dirs/NAME_OF_CONFIG/compare; for several or none work_dirs/compare')
     add('--cfg-options', nargs='+', action=DictAction, help='override config entries: key.inner=value ...')
     add('--student', nargs='+', metavar='DIR', help='runs of the student alone')
     add('--distilled', nargs='+', metavar='DIR', help='distilled runs, or NAME=DIR ... for several variants')
@@ -61,9 +64,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     if args.config:
-        cfg = engine.load_config(args.config, args.cfg_options)
-        out = Path(args.work_dir or osp.join('work_dirs', Path(args.config).stem, 'compare'))
-        folders = train_runs(cfg, out, args.seeds, engine.train_any)
+        cfg, *others = (engine.load_config(path, args.cfg_options) for path in args.config)
+        if others:
+            out = Path(args.work_dir or osp.join('work_dirs', 'compare'))
+            configs = dict(zip(variant_names(args.config), [cfg, *others], strict=True))
+            folders = train_variants(configs, out, args.seeds, engine.train_any, engine.student_alone)
+        else:
+            out = Path(args.work_dir or osp.join('work_dirs', Path(args.config[0]).stem, 'compare'))
+            folders = train_runs(cfg, out, args.seeds, engine.train_any)
     else:
         cfg, out = None, Path(args.work_dir or osp.join('work_dirs', 'compare'))
         folders = {BASELINE: find_runs(args.student)}

@@ -20,7 +20,7 @@ TEACHER_SCORE_FILE = 'teacher_score.json'
 #: Metrics that the toolboxes report in percent (all are MMSegmentation's); the others are fractions.
 _IN_PERCENT = ('aAcc', 'mIoU', 'mAcc', 'mDice', 'mFscore', 'mPrecision', 'mRecall')
 #: Entries of a config that say where and how to run, not what is trained.
-_NOT_COMPARED = ('work_dir', 'launcher', 'resume', 'log_level', 'visualizer', 'vis_backends')
+_NOT_COMPARED = ('work_dir', 'launcher', 'resume', 'log_level', 'visualizer', 'vis_backends', 'custom_imports')
 
 
 def train_runs(
@@ -48,13 +48,59 @@ def train_runs(
     Raises:
         ConfigError: the folder belongs to other settings, or a run left no record.
     """
+    _check_seeds(seeds)
+    _claim_folder(folder, cfg)
+    return _train_missing({BASELINE: (cfg, False), DISTILLED: (cfg, True)}, folder, seeds, train, log)
+
+
+def train_variants(
+    configs: Mapping[str, Config],
+    folder: Path,
+    seeds: Sequence[int],
+    train: Callable[..., Any],
+    alone: Callable[[Config], Config],
+    log: Callable[[str], None] = print,
+) -> dict[str, list[Path]]:
+    """As :func:`train_runs`, for several configs that distil into one student, which is trained alone only once.
+
+    A run is in ``folder/student/seed_N`` or ``folder/VARIANT/seed_N``.
+
+    Args:
+        configs: variant -> config with distillation. Without distillation all must be the same.
+        alone: a config -> the same without distillation.
+
+    Raises:
+        ConfigError: as :func:`train_runs`, or configs whose students, data or schedules differ.
+    """
+    _check_seeds(seeds)
+    for name, cfg in configs.items():
+        try:
+            _claim_folder(run_folder(folder, BASELINE), alone(cfg))
+        except ConfigError as error:
+            raise ConfigError(f'CONFIG {name}: without distillation it is not what was trained: {error}') from None
+        _claim_folder(run_folder(folder, name), cfg)
+    first = next(iter(configs.values()))
+    plan = {BASELINE: (first, False), **{name: (cfg, True) for name, cfg in configs.items()}}
+    return _train_missing(plan, folder, seeds, train, log)
+
+
+def _check_seeds(seeds: Sequence[int]) -> None:
     if len(set(seeds)) != len(seeds) or not seeds:
         raise ConfigError('--seeds: give at least one seed, and each only once')
-    _claim_folder(folder, cfg)
-    # Both runs of a seed before the next seed: whatever is there after an interruption can be compared.
-    plan = [(seed, name) for seed in seeds for name in (BASELINE, DISTILLED)]
+
+
+def _train_missing(
+    ways: Mapping[str, tuple[Config, bool]],
+    folder: Path,
+    seeds: Sequence[int],
+    train: Callable[..., Any],
+    log: Callable[[str], None],
+) -> dict[str, list[Path]]:
+    """Train what is not finished of ``ways``: name -> config, and whether to distil."""
+    # All runs of a seed before the next seed: whatever is there after an interruption can be compared.
+    plan = [(seed, name) for seed in seeds for name in ways]
     missing = [step for step in plan if not _is_finished(run_folder(folder, step[1], step[0]))]
-    folders: dict[str, list[Path]] = {BASELINE: [], DISTILLED: []}
+    folders: dict[str, list[Path]] = {name: [] for name in ways}
     spent: list[float] = []
     for number, (seed, name) in enumerate(plan, 1):
         where = run_folder(folder, name, seed)
@@ -66,7 +112,8 @@ def train_runs(
                 left = f', about {max(1, math.ceil(minutes))} min left for all runs'
             log(f'{label}: training in {where}{left}')
             started = time.monotonic()
-            train(cfg, str(where), distill=name == DISTILLED, seed=seed, resume=True)
+            cfg, distill = ways[name]
+            train(cfg, str(where), distill=distill, seed=seed, resume=True)
             spent.append(time.monotonic() - started)
             if not (where / FILE_NAME).is_file():
                 raise ConfigError(
@@ -81,9 +128,25 @@ def train_runs(
     return folders
 
 
-def run_folder(folder: Path, name: str, seed: int) -> Path:
-    """Folder of one run of a comparison."""
-    return folder / name / f'seed_{seed}'
+def run_folder(folder: Path, name: str, seed: int | None = None) -> Path:
+    """Folder of one run of a comparison, or of all runs of that name."""
+    return folder / name / f'seed_{seed}' if seed is not None else folder / name
+
+
+def variant_names(paths: Sequence[str]) -> list[str]:
+    """What to call the configs ``paths`` in one comparison: their method, which is their file name up to the first
+    ``_``, or the whole file name where that does not tell them apart.
+
+    Raises:
+        ConfigError: two files of one name.
+    """
+    stems = [Path(path).stem for path in paths]
+    methods = [stem.partition('_')[0] for stem in stems]
+    names = methods if len(set(methods)) == len(methods) else stems
+    taken = [name for name in names if names.count(name) > 1 or name in (BASELINE, 'teacher', 'input', 'truth')]
+    if taken:
+        raise ConfigError(f'CONFIG: {taken[0]!r} can not name one of several configs; rename the file')
+    return names
 
 
 def find_runs(folders: Sequence[str | Path]) -> list[Path]:
@@ -216,7 +279,7 @@ def _claim_folder(folder: Path, cfg: Config) -> None:
                     'choose another --work-dir or delete this one'
                 )
         return
-    if any(folder.glob(f'*/seed_*/{FILE_NAME}')):
+    if any(folder.glob(f'*/seed_*/{FILE_NAME}')) or any(folder.glob(f'seed_*/{FILE_NAME}')):
         raise ConfigError(f'{folder} has runs but no {SETTINGS_FILE}: read them with --student and --distilled instead')
     folder.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix('.tmp')

@@ -68,6 +68,10 @@ def is_distillation(cfg: Config) -> bool:
 def student_alone(cfg: Config) -> Config:
     """The same config without distillation: the stock model of the student, and no hook of ours that needs more."""
     cfg = copy.deepcopy(cfg)
+    if is_yolo(cfg):
+        for key in ('teacher', 'distillers'):
+            cfg.pop(key, None)
+        return cfg
     if is_distillation(cfg):
         cfg.model = model_config(cfg.model['student'], 'student')
         scope = cfg.model.pop('_scope_', None)

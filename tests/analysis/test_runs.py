@@ -11,6 +11,8 @@ from kd_dense.analysis.runs import (
     teacher_argument,
     teacher_score,
     train_runs,
+    train_variants,
+    variant_names,
 )
 from kd_dense.errors import ConfigError
 
@@ -106,6 +108,53 @@ def test_training_without_a_record_is_an_error(cfg, tmp_path):
 def test_seeds_are_checked(cfg, trainer, tmp_path, seeds):
     with pytest.raises(ConfigError, match='--seeds'):
         train_runs(cfg, tmp_path, seeds, trainer, str)
+
+
+def alone(cfg):
+    return Config({**cfg, 'model': dict(type='Student')})
+
+
+def variants(cfg) -> dict[str, Config]:
+    configs = {}
+    for name, temperature in (('hot', 8.0), ('cold', 1.0)):
+        configs[name] = Config(cfg.to_dict())
+        configs[name].model.distillers.logits.temperature = temperature
+    return configs
+
+
+def test_several_configs_share_the_student_alone(cfg, trainer, tmp_path):
+    folders = train_variants(variants(cfg), tmp_path, [0, 1], trainer, alone, str)
+    assert [distill for distill, _, _ in trainer.calls] == [False, True, True] * 2
+    assert folders == {name: [tmp_path / name / f'seed_{s}' for s in (0, 1)] for name in ('student', 'hot', 'cold')}
+    more = {**variants(cfg), 'third': cfg}  # another one later: only it is trained
+    trainer.calls.clear()
+    train_variants(more, tmp_path, [0, 1], trainer, alone, str)
+    assert trainer.calls == [(True, 0, True), (True, 1, True)]
+
+
+def test_several_configs_must_be_of_one_student(cfg, trainer, tmp_path):
+    configs = variants(cfg)
+    configs['cold'].train_cfg = dict(max_iters=7)
+    with pytest.raises(ConfigError, match=r'CONFIG cold: without distillation .*train_cfg.max_iters was None'):
+        train_variants(configs, tmp_path, [0], trainer, alone, str)
+    assert trainer.calls == []
+
+
+def test_several_configs_keep_their_settings(cfg, trainer, tmp_path):
+    configs = variants(cfg)
+    train_variants(configs, tmp_path, [0], trainer, alone, str)
+    configs['hot'].model.distillers.logits.temperature = 9.0
+    with pytest.raises(ConfigError, match=r'other settings \(model.distillers.logits.temperature was 8.0 and is 9.0\)'):
+        train_variants(configs, tmp_path, [0], trainer, alone, str)
+
+
+def test_names_of_several_configs():
+    assert variant_names(['a/nfd_big_small_1x_coco.py', 'cwd_big_small_1x_coco.py']) == ['nfd', 'cwd']
+    assert variant_names(['nfd_r50_r18.py', 'nfd_r101_r18.py']) == ['nfd_r50_r18', 'nfd_r101_r18']
+    with pytest.raises(ConfigError, match="'nfd_r50' can not name one of several configs"):
+        variant_names(['a/nfd_r50.py', 'b/nfd_r50.py'])
+    with pytest.raises(ConfigError, match="'student'"):
+        variant_names(['student_x.py', 'nfd_x.py'])
 
 
 def test_runs_are_found_in_their_folder_or_the_one_above(record, tmp_path):

@@ -114,6 +114,22 @@ def test_config_trains_what_is_missing(tool, engine, tmp_path, capsys):
     assert 'runs of other settings (model.depth was None and is 3)' in capsys.readouterr().err
 
 
+def test_several_configs_make_one_table(tool, engine, tmp_path, capsys):
+    for name in ('nfd', 'cwd'):
+        (tmp_path / f'{name}_big_small.py').write_text(f'default_scope = "mmseg"\nmethod = "{name}"\n')
+    out = tmp_path / 'out'
+    configs = [str(tmp_path / 'nfd_big_small.py'), str(tmp_path / 'cwd_big_small.py')]
+    with pytest.raises(SystemExit):  # the students differ, by the key `method`
+        tool.main([*configs, '--work-dir', str(out), '--seeds', '0', '1'])
+    assert 'CONFIG cwd: without distillation it is not what was trained' in capsys.readouterr().err
+    for config in configs:
+        Path(config).write_text('default_scope = "mmseg"\n')
+    tool.main([*configs, '--work-dir', str(tmp_path / 'again'), '--seeds', '0', '1'])
+    assert engine['train'] == [(False, 0), (True, 0), (True, 0), (False, 1), (True, 1), (True, 1)]
+    text = (tmp_path / 'again' / 'comparison.md').read_text(encoding='utf-8')
+    assert '\n| nfd | ' in text and '\n| cwd | ' in text
+
+
 def test_the_measurements_do_not_depend_on_the_examples(tool, engine, finished, tmp_path, capsys, monkeypatch):
     def broken(*_):
         raise ConfigError('val_dataloader.dataset.data_root: there is no folder x')
