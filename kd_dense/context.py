@@ -3,10 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+class TeacherRoIs(Protocol):
+    """The RoI head of the teacher, at regions that the student chose."""
+
+    def boxes(self, features: list[Tensor], rois: Tensor, stage: int) -> tuple[Tensor, Tensor]:
+        """Class logits ``[R, K + 1]`` and box deltas ``[R, 4 K]`` or ``[R, 4]`` of one stage.
+
+        Args:
+            features: the teacher's levels, as the tap ``roi_features`` gives them.
+            rois: ``[R, 5]`` index of the image and ``x1, y1, x2, y2`` in pixels of the student's canvas.
+        """
+
+    def masks(self, features: list[Tensor], rois: Tensor, stage: int) -> Tensor:
+        """Mask logits ``[P, K, h, w]`` or ``[P, 1, h, w]`` of one stage."""
 
 
 @dataclass
@@ -28,6 +44,7 @@ class Context:
         iteration: iterations done since training began.
         epoch: epochs done since training began.
         progress: share of the training that is done, 0..1.
+        teacher_rois: evaluates the teacher's RoI head, without gradients; ``None`` when it has none.
     """
 
     canvas: tuple[int, int]
@@ -41,6 +58,7 @@ class Context:
     iteration: int = 0
     epoch: int = 0
     progress: float = 0.0
+    teacher_rois: TeacherRoIs | None = None
     _masks: dict = field(default_factory=dict, repr=False)
 
     def mask(self, size: tuple[int, int]) -> Tensor | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
 from kd_dense.context import Context
-from kd_dense.description import Description, Probe
-from kd_dense.distillers.base import Distiller, describe
+from kd_dense.description import QUERY_TAPS, ROI_TAPS, Description, Probe
+from kd_dense.distillers.base import Distiller, describe, matched_levels
 from kd_dense.errors import ConfigError, DistillationError
 from kd_dense.loss_weight import LossWeight
 from kd_dense.random_state import preserve_random_state
@@ -97,6 +97,8 @@ class Distillers(nn.Module):
             self.weights[name] = LossWeight.parse(weight, f'{key}.loss_weight')
         self._descriptions: dict[str, Description] = {}
         self._taps: dict[tuple[str, ...], Taps] = {}
+        # (distiller, role) -> indices of the teacher's levels that go with the student's, where their strides differ
+        self._levels: dict[tuple[str, str], list[int]] = {}
         self.table: list[TapRow] = []
         self._proved: set[str] = set()
         self._pending: dict[str, dict[str, Tensor]] = {}
@@ -126,10 +128,32 @@ class Distillers(nn.Module):
                     names = {role: getattr(pair, side) for role, pair in method.taps.items()}
                     shapes = {role: [t.shape for n in ns for t in values[n]] for role, ns in names.items()}
                     description = self._descriptions[side]
-                    probes.append(Probe(shapes, names, canvas, description.logits, description.normalization))
+                    probes.append(
+                        Probe(
+                            shapes,
+                            names,
+                            canvas,
+                            description.logits,
+                            description.normalization,
+                            description.rois,
+                            description.queries,
+                            description.boxes,
+                        )
+                    )
+                probes[1] = self._match(name, method, *probes)
                 with _owner(f'distillers.{name}'):
                     method.setup(*probes)
                 self.table += self._rows(name, method, *probes)
+
+    def _match(self, name: str, method: Distiller, student: Probe, teacher: Probe) -> Probe:
+        """The teacher's probe without the levels whose stride the student does not have, in the student's order."""
+        shapes = dict(teacher.shapes)
+        for role in method.taps if method.matches_levels else ():
+            levels = matched_levels(student, teacher, role)
+            if levels is not None:
+                self._levels[name, role] = levels
+                shapes[role] = [teacher.shapes[role][i] for i in levels]
+        return replace(teacher, shapes=shapes)
 
     def _names(self, side: str, methods: Mapping[str, Distiller] | None = None) -> list[str]:
         methods = self.methods if methods is None else methods
@@ -189,6 +213,10 @@ class Distillers(nn.Module):
         absent = dict(description.absent)
         if isinstance(description.logits, str):
             absent |= dict.fromkeys(('logits', 'branch_logits'), description.logits)
+        if isinstance(description.rois, str):
+            absent |= dict.fromkeys(ROI_TAPS, description.rois)
+        if isinstance(description.queries, str):
+            absent |= dict.fromkeys(QUERY_TAPS, description.queries)
         for tap in taps:
             reason = absent.get(tap.split(':')[0])
             if reason:
@@ -266,6 +294,9 @@ class Distillers(nn.Module):
                 {role: [x for n in getattr(pair, side) for x in values[n]] for role, pair in method.taps.items()}
                 for side, values in (('student', student), ('teacher', teacher))
             )
+            for role, levels in ((role, self._levels.get((name, role))) for role in t):
+                if levels is not None:
+                    t[role] = [t[role][i] for i in levels]
             for side, values in (('student', student), ('teacher', teacher)):
                 for unused in set(values) - set(self._names(side, active)):
                     del values[unused]
@@ -273,8 +304,8 @@ class Distillers(nn.Module):
             unweighted = method(s, t, context)
             del t
             first = name not in self._proved or weight.needs_calibration
-            if first and not _anything_counts(context):
-                # every pixel is ignored: nothing can be proved or calibrated on this batch, the next one will do
+            if first and not _anything_counts(context, method):
+                # nothing to compare: nothing can be proved or calibrated on this batch, the next one will do
                 losses.update({f'{name}.{key}': value * 0 for key, value in unweighted.items()})
                 continue
             if name not in self._proved:
@@ -398,14 +429,21 @@ uncompiled = torch.compiler.disable(_call)
 
 
 @torch.compiler.disable
-def _anything_counts(context: Context) -> bool:
-    """Has the batch a pixel that is not ignored, in every process?"""
-    if context.label_map is None:
-        return True  # padding alone never covers all of it
-    empty = (context.label_map == context.ignore_index).all().int()
+def _anything_counts(context: Context, method: Distiller) -> bool:
+    """Has the batch a pixel that is not ignored, and whatever else the method compares, in every process?"""
+    empty = []
+    if context.label_map is not None:  # padding alone never covers all of an image
+        empty.append((context.label_map == context.ignore_index).all())
+    if method.needs_boxes and context.boxes is not None:
+        empty.append(torch.tensor(not any(map(len, context.boxes)), device=context.boxes[0].device))
+    if (compared_nothing := method.compared_nothing()) is not None:
+        empty.append(compared_nothing)
+    if not empty:
+        return True
+    nothing = torch.stack(empty).any().int()
     if dist.is_available() and dist.is_initialized():  # all processes calibrate together or not at all
-        dist.all_reduce(empty)
-    return not empty
+        dist.all_reduce(nothing)
+    return not nothing
 
 
 def _connectors(method: Distiller) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 
 def capture() -> dict[str, Any]:
@@ -46,3 +47,18 @@ def preserve_random_state() -> Iterator[None]:
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])
+
+
+def step_seed(seed: int, iteration: int, alike: bool = False) -> int:
+    """A seed for what a distiller draws in one step: other numbers in every iteration and in every process.
+
+    It follows from the arguments alone. So a resumed run draws what the uninterrupted one would have drawn, and the
+    random numbers of the student (data, augmentation, dropout) are those of a run without the distiller.
+
+    Args:
+        seed: of the distiller.
+        iteration: see :class:`~kd_dense.context.Context`.
+        alike: the same numbers in every process.
+    """
+    rank = dist.get_rank() if not alike and dist.is_available() and dist.is_initialized() else 0
+    return random.Random(f'{seed} {iteration} {rank}').getrandbits(63)

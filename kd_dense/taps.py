@@ -4,8 +4,9 @@ A *tap* is written ``module.path``, or ``module.path:key`` with one or more inte
 returns: ``neck``, ``backbone:3``, ``bbox_head:0:2``, ``model.23:one2many:scores``. An adapter may add *aliases* for
 places that have no module of their own (``logits``; ``neck`` of a YOLO model), each a list of such names.
 
-``module.path@view`` takes another view of a call of the module than what it returns. The one there is, ``qkv``, gives
-query, key and value of an attention module; see :func:`kd_dense.attention.qkv`.
+``module.path@view`` takes another view of a call of the module than what it returns: ``qkv`` gives query, key and value
+of an attention module (:func:`kd_dense.attention.qkv`), ``rois`` the regions that a RoI extractor is called with
+(:func:`kd_dense.rois.rois`).
 
 Taps shadow ``forward`` on the tapped module instances while recording, and are gone outside of it: nothing stays on the
 model that a pickle, a deep copy or an export could meet. Shadowing, unlike a forward hook, also sees heads whose
@@ -28,10 +29,12 @@ from torch import Tensor, nn
 
 from kd_dense.attention import is_attention, qkv
 from kd_dense.errors import ConfigError, DistillationError, closest
+from kd_dense.rois import is_roi_extractor, rois
 
 #: View -> (does a module have it?, the view of a call: module, args, kwargs -> tensors).
 VIEWS: dict[str, tuple[Callable[[nn.Module], bool], Callable[[nn.Module, tuple, dict], Any]]] = {
-    'qkv': (is_attention, qkv)
+    'qkv': (is_attention, qkv),
+    'rois': (is_roi_extractor, rois),
 }
 
 

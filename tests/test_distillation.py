@@ -505,6 +505,63 @@ def test_a_loss_that_becomes_zero_later_is_no_error():
     assert step()['x.loss'] == 0
 
 
+@DISTILLERS.register_module()
+class PerBox(Constant):
+    """A loss that is 0 when there is no box."""
+
+    needs_boxes = True
+
+    def forward(self, student, teacher, context):
+        (value,) = super().forward(student, teacher, context).values()
+        return {'loss': value * sum(map(len, context.boxes))}
+
+
+@pytest.mark.parametrize('weight', [1.0, 'auto'])
+def test_a_first_batch_without_boxes_proves_nothing(weight):
+    step = Step(dict(box=dict(type='PerBox', value=None, loss_weight=weight), mimic=MIMIC))
+    step.context.boxes = [torch.zeros(0, 4), torch.zeros(0, 4)]
+    for _ in range(2):
+        losses = step()
+        sum(losses.values()).backward()
+        step.distillers.verify_gradients()
+        assert losses['box.loss'] == 0 and losses['mimic.loss'] > 0
+    step.context.boxes = [torch.zeros(0, 4), torch.ones(1, 4)]
+    losses = step()
+    sum(losses.values()).backward()
+    step.distillers.verify_gradients()
+    assert losses['box.loss'] != 0 and not step.distillers.weights['box'].needs_calibration
+    step.context.boxes = [torch.zeros(0, 4), torch.zeros(0, 4)]
+    assert step()['box.loss'] == 0
+
+
+def test_a_batch_with_boxes_has_to_give_a_loss():
+    step = Step(dict(box=dict(type='PerBox', value=0.0)))
+    step.context.boxes = [torch.zeros(0, 4), torch.ones(1, 4)]
+    with pytest.raises(DistillationError, match='distillers.box: loss is 0.0 in its first step'):
+        step()
+
+
+def test_a_distiller_that_needs_no_boxes_is_proved_without_them():
+    step = Step(dict(x=dict(type='Constant', value=0.0)))
+    step.context.boxes = [torch.zeros(0, 4), torch.zeros(0, 4)]
+    with pytest.raises(DistillationError, match='distillers.x: loss is 0.0 in its first step'):
+        step()
+
+
+def test_all_processes_wait_for_boxes_together(tmp_path, monkeypatch):
+    """Here as if a second process had no box."""
+    dist.init_process_group('gloo', init_method=f'file://{tmp_path}/store', rank=0, world_size=1)
+    try:
+        step = Step(dict(box=dict(type='PerBox', value=None)))
+        step.context.boxes = [torch.ones(1, 4), torch.ones(1, 4)]
+        with monkeypatch.context() as patch:
+            patch.setattr(dist, 'all_reduce', lambda nothing: nothing.add_(1))
+            assert step()['box.loss'] == 0
+        assert step()['box.loss'] != 0
+    finally:
+        dist.destroy_process_group()
+
+
 def test_a_student_equal_to_its_teacher_is_noticed():
     student = Toy(4)
     step = Step(dict(mimic=MIMIC), student.eval(), copy.deepcopy(student).eval())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -54,10 +55,16 @@ class Distiller(nn.Module):
     Attributes:
         taps: role -> :class:`TapPair`. The roles are the keys of what :meth:`forward` is given.
         default_loss_weight: used when the config gives no ``loss_weight``.
+        matches_levels: give it, of the teacher's levels, those that have the strides of the student's; see
+            :func:`matched_levels`.
+        needs_boxes: without any ground-truth box in a batch there is nothing to compare: its losses may be 0 then, and
+            neither that they are not nor an ``auto`` weight is found out on such a batch.
     """
 
     taps: dict[str, TapPair]
     default_loss_weight: float | str | Mapping = 1.0
+    matches_levels: bool = True
+    needs_boxes: bool = False
 
     def setup(self, student: Probe, teacher: Probe) -> None:
         """Told once, before training, what shapes to expect; builds whatever depends on them.
@@ -90,6 +97,13 @@ class Distiller(nn.Module):
         :class:`~kd_dense.side_trained.SideTrained`.
         """
 
+    def compared_nothing(self) -> Tensor | None:
+        """Boolean scalar: did the last forward find nothing to compare, so that its losses are 0 for a good reason?
+
+        For methods that look for more than a box, as :attr:`needs_boxes` does; asked like it. ``None``: they are not.
+        """
+        return None
+
     def idle_parameters(self) -> list[nn.Parameter]:
         """Parameters that took no part in the last forward because of what the batch was.
 
@@ -104,15 +118,77 @@ def paired_shapes(student: Probe, teacher: Probe, role: str) -> list[tuple[torch
     """Shapes of both sides under ``role``, level by level.
 
     Raises:
-        ConfigError: different numbers of levels.
+        ConfigError: different numbers of levels, or a level of a stride that the other side has in another place.
     """
     s, t = student.shapes[role], teacher.shapes[role]
-    if len(s) != len(t):
+    ours, theirs = octaves(student, role), octaves(teacher, role)
+    # Levels of strides that the other side has not at all are meant as they are written, and resized.
+    misplaced = any(a != b and a in theirs for a, b in zip(ours, theirs, strict=False))
+    if len(s) != len(t) or misplaced:
         raise ConfigError(
             f'taps: the student gives {len(s)} tensors ({describe(student, role)}) but the teacher {len(t)} '
-            f'({describe(teacher, role)}); choose levels of equal stride on both sides, for example with NAME:INDEX'
+            f'({describe(teacher, role)}){_unmatched(ours, theirs)}; choose levels of equal stride on both sides, for '
+            "example with dict(student=['NAME:INDEX', ...], teacher=...)"
         )
     return list(zip(s, t, strict=True))
+
+
+def matched_levels(student: Probe, teacher: Probe, role: str) -> list[int] | None:
+    """Which of the teacher's levels goes with each of the student's: the one of equal stride.
+
+    Strides count as equal when they round to the same power of two: the coarse levels of a pyramid are rounded up to
+    whole cells, so that stride 128 may be measured as 107.
+
+    Returns:
+        For each level of the student an index into the teacher's, if each has exactly one and that changes anything;
+        else ``None``: the levels go together as they are written, and :func:`paired_shapes` says what does not fit.
+    """
+    ours, theirs = octaves(student, role), octaves(teacher, role)
+    repeated = len(set(ours)) < len(ours) or len(set(theirs)) < len(theirs)
+    if not ours or not theirs or ours == theirs or repeated or not set(ours) <= set(theirs):
+        return None
+    return [theirs.index(octave) for octave in ours]
+
+
+def octaves(probe: Probe, role: str) -> list[int]:
+    """Base-2 logarithms of the strides under ``role``, rounded; empty when not all of the tensors are maps."""
+    strides = probe.strides(role)
+    return [round(math.log2(stride)) for stride in strides] if all(strides) else []
+
+
+def _unmatched(ours: list[int], theirs: list[int]) -> str:
+    lacking = [2**octave for octave in ours if octave not in theirs]
+    return f', and nothing of the teacher has stride {", ".join(map(str, lacking))}' if theirs and lacking else ''
+
+
+def score_branches(teacher: Probe, method: str, instead: str) -> list[list[int]]:
+    """For each of the teacher's levels under ``features``: the indices of the logits under ``scores`` that are of it.
+
+    One for each branch of the head; told by their size, as the levels may be fewer than the head has.
+
+    Args:
+        method, instead: who asks, and what to use where there are no such logits; named in errors.
+
+    Raises:
+        ConfigError: no dense sigmoid head, or logits that are of none of the levels.
+    """
+    if isinstance(teacher.logits, str):
+        raise ConfigError(f"{method} can not read the teacher's class scores: {teacher.logits}")
+    if teacher.logits.activation != 'sigmoid' or teacher.logits.layout != 'map':
+        raise ConfigError(f'{method} needs a teacher with a dense sigmoid head; use {instead} instead')
+    sizes = [shape[2:] for shape in teacher.shapes['features']]
+    given = [shape[2:] for shape in teacher.shapes['scores']]
+    if len(set(sizes)) < len(sizes):  # the coarsest levels of a small probe may be of one size
+        if len(given) % len(sizes):
+            raise ConfigError(f'taps: the teacher has class logits on {len(given)} levels and features on {len(sizes)}')
+        return [list(range(i, len(given), len(sizes))) for i in range(len(sizes))]
+    found = [[i for i, other in enumerate(given) if other == size] for size in sizes]
+    if not all(found):
+        raise ConfigError(
+            f"taps: the teacher's class logits ({describe(teacher, 'scores')}) are not those of all of its features "
+            f'({describe(teacher, "features")}); tap the levels that feed its head'
+        )
+    return found
 
 
 def describe(probe: Probe, role: str) -> str:

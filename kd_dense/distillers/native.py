@@ -7,8 +7,7 @@ from torch import Tensor, nn
 from kd_dense.connectors import build_connector, match_size
 from kd_dense.context import Context
 from kd_dense.description import Probe
-from kd_dense.distillers.base import Distiller, TapConfig, TapPair, paired_shapes
-from kd_dense.errors import ConfigError
+from kd_dense.distillers.base import Distiller, TapConfig, TapPair, paired_shapes, score_branches
 from kd_dense.losses import score_weighted_mse
 from kd_dense.registry import DISTILLERS
 
@@ -37,28 +36,19 @@ class Native(Distiller):
         self.connectors = nn.ModuleList()
 
     def setup(self, student: Probe, teacher: Probe) -> None:
-        if isinstance(teacher.logits, str):
-            raise ConfigError(f"Native can not read the teacher's class scores: {teacher.logits}")
-        if teacher.logits.activation != 'sigmoid' or teacher.logits.layout != 'map':
-            raise ConfigError('Native needs a teacher with a dense sigmoid head; distil with FeatureMimic instead')
         pairs = paired_shapes(student, teacher, 'features')
-        levels = len(teacher.shapes['scores'])
-        if levels % len(pairs):
-            raise ConfigError(f'taps: the teacher has class logits on {levels} levels and features on {len(pairs)}')
+        self._branches = score_branches(teacher, 'Native', 'FeatureMimic')
         for s, t in pairs:
             self.connectors.append(build_connector('ConvReLUConv', s[1], t[1], 'connector'))
-        self.num_classes = teacher.logits.num_classes
 
     def forward(
         self, student: dict[str, list[Tensor]], teacher: dict[str, list[Tensor]], context: Context
     ) -> dict[str, Tensor]:
         losses = []
-        levels = len(self.connectors)
-        for i, (s, t, connector) in enumerate(
-            zip(student['features'], teacher['features'], self.connectors, strict=True)
+        for s, t, connector, branches in zip(
+            student['features'], teacher['features'], self.connectors, self._branches, strict=True
         ):
-            branches = teacher['scores'][i::levels]
-            logits = sum(branches) / len(branches)
+            logits = sum(teacher['scores'][i] for i in branches) / len(branches)
             # anchors share a cell: the best of all of them counts
             score = logits.float().sigmoid().amax(1, keepdim=True)
             s = connector(s)

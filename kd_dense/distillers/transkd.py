@@ -67,6 +67,8 @@ class TransKD(Distiller):
         use_mask: leave padding and ignored pixels out.
     """
 
+    matches_levels = False  # its stages are counted, and one that has no counterpart is named
+
     def __init__(
         self,
         variant: str = 'base',

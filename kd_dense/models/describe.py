@@ -7,7 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from kd_dense.description import Description, Logits
+from kd_dense.description import Description, Logits, Queries
+from kd_dense.models.boxes import describe_boxes
+from kd_dense.models.rois import describe_rois
 from kd_dense.teacher import Normalization
 
 #: Dense heads whose class output is no logit per position and class.
@@ -18,7 +20,6 @@ _NO_LOGITS = {
     'CornerHead': 'CornerHead predicts corners, not boxes with classes',
     'CentripetalHead': 'CentripetalHead predicts corners, not boxes with classes',
     'GroundingDINOHead': 'GroundingDINOHead scores words of a prompt, not classes',
-    'DINOHead': 'the queries of DINOHead are chosen anew in each image, so those of two models do not correspond',
     'YOLACTHead': 'YOLACTHead runs a different number of times in training than in the plain forward',
     'CondInstBboxHead': 'CondInstBboxHead runs a different number of times in training than in the plain forward',
 }
@@ -51,7 +52,17 @@ def describe(model: nn.Module, probe_size: tuple[int, int] | None = None, traini
     # or always: what is closest to the forward that will be tapped comes first.
     modes = [True, False] if training else [False]
     run, *others = [dry_run(model, probe_size, mode, features) for features in (False, True) for mode in modes]
-    return Description(model, run, aliases, logits, absent, normalization(model), tuple(others))
+    rois = Description.rois
+    if getattr(model, 'roi_head', None) is not None:
+        rois, more_aliases, more_absent = describe_rois(model)
+        aliases |= more_aliases
+        absent |= more_absent
+    queries, more_aliases = _queries(model, training)
+    aliases |= more_aliases
+    boxes, more_aliases, more_absent = describe_boxes(model, training)
+    aliases |= more_aliases
+    absent |= more_absent
+    return Description(model, run, aliases, logits, absent, normalization(model), tuple(others), rois, queries, boxes)
 
 
 def probe_canvas(model: nn.Module, size: tuple[int, int] | None = None) -> tuple[int, int]:
@@ -70,12 +81,9 @@ def dry_run(
     """
 
     def run() -> tuple[int, int]:
-        preprocessor = getattr(model, 'data_preprocessor', None)
         h, w = probe_canvas(model, size)
-        mean = getattr(preprocessor, 'mean', None)
-        channels = mean.numel() if isinstance(mean, torch.Tensor) and mean.numel() > 1 else _input_channels(model)
         device = next(model.parameters()).device
-        images = torch.zeros(1, channels, h, w, device=device)
+        images = torch.zeros(1, input_channels(model), h, w, device=device)
         if training:
             for module in model.modules():
                 module.training = not isinstance(module, _BATCH_DEPENDENT)
@@ -124,7 +132,11 @@ def is_segmentor(model: nn.Module) -> bool:
     return hasattr(model, 'decode_head')
 
 
-def _input_channels(model: nn.Module) -> int:
+def input_channels(model: nn.Module) -> int:
+    """Channels of the images that ``model`` takes."""
+    mean = getattr(getattr(model, 'data_preprocessor', None), 'mean', None)
+    if isinstance(mean, torch.Tensor) and mean.numel() > 1:
+        return mean.numel()
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv2d):
             stem = type(model.get_submodule(name.rpartition('.')[0].rpartition('.')[0])).__name__
@@ -138,7 +150,8 @@ def _logits(model: nn.Module) -> tuple[Logits | str, str]:
     if is_segmentor(model):
         return _segmentor_logits(model)
     if hasattr(model, 'roi_head'):
-        return 'the class predictions of a two-stage detector belong to its proposals, not to positions' + _INSTEAD, ''
+        reason = 'the class predictions of a two-stage detector belong to its proposals, not to positions'
+        return f"{reason}; distil them with RoIKD, or features with taps='neck'", ''
     head = getattr(model, 'bbox_head', None)
     if head is None:
         return f'{type(model).__name__} has no bbox_head' + _INSTEAD, ''
@@ -146,8 +159,8 @@ def _logits(model: nn.Module) -> tuple[Logits | str, str]:
         if cls.__name__ in _NO_LOGITS:
             return _NO_LOGITS[cls.__name__] + _INSTEAD, ''
     if getattr(model, 'as_two_stage', False):
-        kind = f'a two-stage {type(model).__name__}'
-        return f'the queries of {kind} are chosen anew in each image, so they do not correspond' + _INSTEAD, ''
+        reason = f'the queries of a two-stage {type(model).__name__} are chosen anew in each image'
+        return f"{reason}, so they have to be matched; distil them with QueryKD, or features with taps='neck'", ''
     classes = getattr(head, 'cls_out_channels', None)
     if classes is None:
         return f'{type(head).__name__} does not say how many class channels it has' + _INSTEAD, ''
@@ -156,6 +169,26 @@ def _logits(model: nn.Module) -> tuple[Logits | str, str]:
         sigmoid = getattr(getattr(head, 'loss_cls', None), 'use_sigmoid', False)
     layout = 'query' if hasattr(model, 'num_queries') else 'map'
     return Logits(classes, 'sigmoid' if sigmoid else 'softmax', layout), 'bbox_head:0'
+
+
+def _queries(model: nn.Module, training: bool) -> tuple[Queries | str, dict[str, list[str]]]:
+    """How to read the set of objects that a DETR predicts, and its aliases; or a sentence, and nothing."""
+    if not any(cls.__name__ == 'DetectionTransformer' for cls in type(model).__mro__):
+        return f"{type(model).__name__} is none of MMDetection's DETR family: {Description.queries}", {}
+    head = model.bbox_head
+    kinds = [cls.__name__ for cls in type(head).__mro__]
+    if 'GroundingDINOHead' in kinds:
+        return _NO_LOGITS['GroundingDINOHead'] + _INSTEAD, {}
+    if 'DDQDETRHead' in kinds and training:
+        return 'the head of DDQDETR predicts with further, dense queries in training; it can only be a teacher', {}
+    sigmoid = getattr(head.loss_cls, 'use_sigmoid', False)
+    levels = 'neck' if getattr(model, 'neck', None) is not None else 'backbone'
+    # Deformable encoders read all levels, the others the last one only.
+    levels = levels if hasattr(model, 'num_feature_levels') else f'{levels}:-1'
+    aliases = dict(
+        query_logits=['bbox_head:0'], query_boxes=['bbox_head:1'], encoder_memory=['encoder'], encoder_levels=[levels]
+    )
+    return Queries(model.num_queries, head.num_classes, 'sigmoid' if sigmoid else 'softmax'), aliases
 
 
 def _segmentor_logits(model: nn.Module) -> tuple[Logits | str, str]:
@@ -186,8 +219,14 @@ def normalization(model: nn.Module) -> Normalization | None:
     mean, std = getattr(preprocessor, 'mean', None), getattr(preprocessor, 'std', None)
     if mean is None or std is None or not getattr(preprocessor, '_enable_normalize', True):
         return None
+    return Normalization(tuple(mean.flatten().tolist()), tuple(std.flatten().tolist()), channel_order(model))
+
+
+def channel_order(model: nn.Module) -> str:
+    """``'rgb'`` or ``'bgr'``: the channels of what the model sees behind its data preprocessor."""
+    preprocessor = getattr(model, 'data_preprocessor', None)
     # OpenMMLab reads images as BGR; a preprocessor that converts turns them into RGB.
     converts = getattr(preprocessor, '_channel_conversion', None)
     if converts is None:
         converts = getattr(preprocessor, 'channel_conversion', False)
-    return Normalization(tuple(mean.flatten().tolist()), tuple(std.flatten().tolist()), 'rgb' if converts else 'bgr')
+    return 'rgb' if converts else 'bgr'

@@ -16,6 +16,7 @@ from kd_dense.distillation import Distillers, uncompiled
 from kd_dense.errors import ConfigError, closest
 from kd_dense.models.build import build_model, build_teacher
 from kd_dense.models.describe import describe, is_segmentor, normalization, probe_canvas
+from kd_dense.models.rois import TeacherRoIs
 from kd_dense.random_state import preserve_random_state
 from kd_dense.registry import MODELS
 from kd_dense.taps import Taps
@@ -237,6 +238,9 @@ class Distillation(BaseModel):
             context.labels = [i.labels for i in instances]
             if all('masks' in i for i in instances):
                 context.masks = [i.masks for i in instances]
+        if getattr(self.teacher.model, 'roi_head', None) is not None:
+            remap = self.teacher.remap
+            context.teacher_rois = TeacherRoIs(self.teacher.model, 1.0 if remap is None else remap.scale)
         return context
 
 

@@ -7,9 +7,9 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from ultralytics.nn.modules.head import Detect
+from ultralytics.nn.modules.head import OBB, Detect, RTDETRDecoder
 
-from kd_dense.description import Description, Logits
+from kd_dense.description import Boxes, Description, Logits
 from kd_dense.errors import ConfigError
 from kd_dense.taps import Taps
 from kd_dense.teacher import Normalization
@@ -27,7 +27,9 @@ def describe(model: nn.Module) -> Description:
     * ``neck``: the layers that feed the head;
     * ``logits``: class logits ``[B, C, h, w]`` per level, of the one-to-many branch where the head has two;
     * ``logits_one2one``: those of the one-to-one branch, where the head has one (YOLO26, YOLOv10);
-    * ``branch_logits``: those of every branch, one-to-many first.
+    * ``branch_logits``: those of every branch, one-to-many first;
+    * ``boxes``, ``boxes_one2one``: of the same branches, distributions ``[B, 4 * reg_max, h, w]`` of the sides of the
+      boxes, or distances ``[B, 4, h, w]`` where ``reg_max`` is 1 (YOLO26).
 
     Args:
         model: a model of Ultralytics, detection or instance segmentation (other tasks have no ``logits``).
@@ -41,7 +43,16 @@ def describe(model: nn.Module) -> Description:
     aliases = {'backbone': _layers(_backbone(model)), 'neck': _layers(_sources(layers[-1]))}
     logits = _logits(model, aliases)
     pixels = Normalization((0.0,) * channels(model), (255.0,) * channels(model), 'rgb')  # the trainer gives 0..1
-    return Description(model, lambda: _run(model), aliases, logits, normalization=pixels)
+    description = Description(model, lambda: _run(model), aliases, logits, normalization=pixels)
+    description.boxes = _boxes(model, aliases)
+    if isinstance(description.boxes, str):
+        description.absent['boxes'] = description.boxes
+    if isinstance(layers[-1], RTDETRDecoder):
+        description.queries = (
+            'Ultralytics trains RT-DETR by a trainer of its own, which kd_dense does not extend; distil DETR models '
+            'with MMDetection'
+        )
+    return description
 
 
 def channels(model: nn.Module) -> int:
@@ -91,6 +102,20 @@ def _logits(model: nn.Module, aliases: dict[str, list[str]]) -> Logits | str:
     aliases['logits'] = branches.get('cv3', branches.get('one2one_cv3'))
     aliases['branch_logits'] = [tap for taps in branches.values() for tap in taps]
     return Logits(head.nc, 'sigmoid', 'map', tuple(class_names(model)))
+
+
+def _boxes(model: nn.Module, aliases: dict[str, list[str]]) -> Boxes | str:
+    head = model.model[-1]
+    if not isinstance(head, Detect) or isinstance(head, OBB):
+        return f"its head {type(head).__name__} predicts no upright box per cell; tap 'neck' or 'backbone'"
+    path = f'model.{len(model.model) - 1}'
+    for alias, name in (('boxes_one2one', 'one2one_cv2'), ('boxes', 'cv2')):
+        branch = getattr(head, name, None)
+        if branch is not None:
+            aliases[alias] = [f'{path}.{name}.{level}' for level in range(len(branch))]
+    aliases.setdefault('boxes', aliases.get('boxes_one2one', []))  # of a fused model
+    kind = 'distribution' if head.reg_max > 1 else 'distance'
+    return Boxes(kind, tuple(map(float, head.stride.tolist())), bins=head.reg_max)
 
 
 def _run(model: nn.Module) -> tuple[int, int]:

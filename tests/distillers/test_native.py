@@ -1,5 +1,7 @@
 """Native against NumPy in float64; tests/yolo compares it with Ultralytics' own implementation."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,7 @@ from scipy.special import expit
 from kd_dense.description import Logits, Probe
 from kd_dense.distillers import Native
 from kd_dense.errors import ConfigError
-from tests.helpers.toys import convolved, nothing_masked, resized
+from tests.helpers.toys import convolved, nothing_masked, probe, resized
 
 STUDENT = [(2, 3, 8, 12), (2, 4, 4, 6)]
 TEACHER = [(2, 5, 8, 12), (2, 4, 4, 6)]
@@ -80,9 +82,28 @@ def test_two_convolutions_even_where_the_widths_agree():
         ([(2, 4, 8, 12)] * 2, 'a two-stage detector has none', "teacher's class scores: a two-stage detector has none"),
         ([(2, 4, 8, 12)] * 2, Logits(4, 'softmax'), 'a dense sigmoid head'),
         ([(2, 4, 8, 12)] * 2, Logits(4, 'sigmoid', 'query'), 'a dense sigmoid head'),
-        ([(2, 4, 8, 12)] * 3, Logits(4, 'sigmoid'), 'class logits on 3 levels and features on 2'),
+        ([(2, 4, 8, 12)] * 3, Logits(4, 'sigmoid'), 'class logits .* are not those of all of its features'),
     ],
 )
 def test_teachers_that_do_not_fit(scores, logits, message):
     with pytest.raises(ConfigError, match=message):
         made(tensors(*STUDENT), tensors(*TEACHER), tensors(*scores), logits)
+
+
+def test_scores_are_those_of_the_levels_that_are_compared():
+    """A teacher with a finer level than the student: its logits there belong to no pair."""
+    features = [(2, 5, 8, 12), (2, 5, 4, 6)]
+    scores = [(2, 4, 16, 24), (2, 4, 8, 12), (2, 4, 4, 6)]
+    student, teacher = probe('features', *features), probe('features', *features)
+    teacher.shapes['scores'] = [torch.Size(s) for s in scores]
+    teacher.names['scores'] = ('branch_logits',)
+    teacher = replace(teacher, logits=Logits(4, 'sigmoid'))
+    method = Native('neck')
+    method.setup(student, teacher)
+    s, t, z = ([torch.randn(shape) for shape in shapes] for shapes in (features, features, scores))
+    loss = method({'features': s}, {'features': t, 'scores': z}, nothing_masked())['loss']
+    expected = 0
+    for connector, ours, theirs, logits in zip(method.connectors, s, t, z[1:], strict=True):
+        weight = logits.sigmoid().amax(1, keepdim=True)
+        expected += ((connector(ours) - theirs).square() * weight).sum() / (5 * weight.sum())
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)

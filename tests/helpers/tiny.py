@@ -56,7 +56,11 @@ def segmentor(width: int = 4, classes: int = 7, **head: Any) -> dict:
 
 
 def detector(kind: str = 'RetinaNet', width: int = 4, classes: int = 6, depth: int = 18) -> dict:
-    """An mmdet detector (``RetinaNet``, ``GFL``, ``FCOS`` or ``FasterRCNN``), ResNet and FPN of ``width`` channels."""
+    """An mmdet detector, ResNet and FPN of ``width`` channels.
+
+    Args:
+        kind: ``RetinaNet``, ``GFL``, ``FCOS``, ``FasterRCNN``, ``MaskRCNN``, ``CascadeRCNN`` or ``CascadeMaskRCNN``.
+    """
     backbone = dict(
         type='ResNet',
         depth=depth,
@@ -69,7 +73,7 @@ def detector(kind: str = 'RetinaNet', width: int = 4, classes: int = 6, depth: i
         norm_eval=False,
         style='pytorch',
     )
-    two_stage = kind == 'FasterRCNN'
+    two_stage = kind.endswith('RCNN')
     neck = dict(
         type='FPN',
         in_channels=[width, width * 2, width * 4, width * 8],
@@ -79,7 +83,7 @@ def detector(kind: str = 'RetinaNet', width: int = 4, classes: int = 6, depth: i
         **({} if two_stage else dict(add_extra_convs='on_input')),
     )
     model = dict(
-        type=kind,
+        type=kind.replace('CascadeMask', 'Cascade'),
         _scope_='mmdet',
         data_preprocessor=dict(
             type='DetDataPreprocessor', mean=MEAN, std=STD, bgr_to_rgb=True, pad_size_divisor=32, pad_mask=True
@@ -179,7 +183,13 @@ def detector(kind: str = 'RetinaNet', width: int = 4, classes: int = 6, depth: i
         assigner = dict(type='MaxIoUAssigner', pos_iou_thr=0.5, neg_iou_thr=0.5, min_pos_iou=0.3, ignore_iof_thr=-1)
         sampler = dict(type='RandomSampler', num=16, pos_fraction=0.5, neg_pos_ub=-1, add_gt_as_proposals=True)
         model['train_cfg'] = dict(
-            rpn=dict(assigner=assigner, sampler=sampler, allowed_border=-1, pos_weight=-1, debug=False),
+            rpn=dict(
+                assigner=assigner,
+                sampler=dict(sampler, add_gt_as_proposals=False),  # objects are no anchors
+                allowed_border=-1,
+                pos_weight=-1,
+                debug=False,
+            ),
             rpn_proposal=rpn_proposal,
             rcnn=dict(assigner=assigner, sampler=sampler, pos_weight=-1, debug=False),
         )
@@ -187,7 +197,40 @@ def detector(kind: str = 'RetinaNet', width: int = 4, classes: int = 6, depth: i
             rpn=rpn_proposal,
             rcnn=dict(score_thr=0.01, nms=dict(type='nms', iou_threshold=0.5), max_per_img=20),
         )
+        if 'Mask' in kind:
+            _add_masks(model, width, classes)
+        if 'Cascade' in kind:
+            _make_cascade(model)
     return model
+
+
+def _add_masks(model: dict, width: int, classes: int) -> None:
+    model['roi_head'].update(
+        mask_roi_extractor=dict(
+            type='SingleRoIExtractor',
+            roi_layer=dict(type='RoIAlign', output_size=7, sampling_ratio=0),
+            out_channels=4 * width,
+            featmap_strides=[4, 8, 16, 32],
+        ),
+        mask_head=dict(
+            type='FCNMaskHead', num_convs=1, in_channels=4 * width, conv_out_channels=8, num_classes=classes
+        ),
+    )
+    model['train_cfg']['rcnn']['mask_size'] = 14
+    model['test_cfg']['rcnn']['mask_thr_binary'] = 0.5
+
+
+def _make_cascade(model: dict) -> None:
+    """Three stages: one box for all classes, ever finer box coders, ever higher thresholds."""
+    head, rcnn = model['roi_head'], model['train_cfg']['rcnn']
+    head.update(type='CascadeRoIHead', num_stages=3, stage_loss_weights=[1, 0.5, 0.25])
+    stds = [[0.1, 0.1, 0.2, 0.2], [0.05, 0.05, 0.1, 0.1], [0.033, 0.033, 0.067, 0.067]]
+    coders = [dict(type='DeltaXYWHBBoxCoder', target_means=[0.0] * 4, target_stds=s) for s in stds]
+    head['bbox_head'] = [dict(head['bbox_head'], reg_class_agnostic=True, bbox_coder=coder) for coder in coders]
+    model['train_cfg']['rcnn'] = [
+        dict(rcnn, assigner=dict(rcnn['assigner'], pos_iou_thr=iou, neg_iou_thr=iou, min_pos_iou=iou))
+        for iou in (0.5, 0.6, 0.7)
+    ]
 
 
 def deformable_detr(embed: int = 16, classes: int = 6, queries: int = 10) -> dict:
@@ -250,6 +293,45 @@ def deformable_detr(embed: int = 16, classes: int = 6, queries: int = 10) -> dic
     )
 
 
+def dino(classes: int = 6, queries: int = 10) -> dict:
+    """An mmdet ``DINO`` with one encoder and two decoder layers, of the one width that its encoding allows."""
+    model = deformable_detr(256, classes, queries)
+    model['bbox_head']['type'] = 'DINOHead'
+    groups = dict(dynamic=True, num_groups=None, num_dn_queries=8)
+    return model | dict(
+        type='DINO',
+        with_box_refine=True,
+        as_two_stage=True,
+        dn_cfg=dict(label_noise_scale=0.5, box_noise_scale=1.0, group_cfg=groups),
+    )
+
+
+def detr(embed: int = 16, classes: int = 6, queries: int = 10) -> dict:
+    """An mmdet ``DETR``: one level, a softmax with background; one encoder and two decoder layers."""
+    model = deformable_detr(embed, classes, queries)
+    attention = dict(embed_dims=embed, num_heads=2, batch_first=True)
+    ffn = dict(embed_dims=embed, feedforward_channels=16)
+    for key in ('num_feature_levels', 'with_box_refine', 'as_two_stage'):
+        del model[key]
+    model['backbone']['out_indices'] = (3,)
+    model['neck'].update(in_channels=[32], num_outs=1)
+    model['train_cfg']['assigner']['match_costs'][0] = dict(type='ClassificationCost', weight=1.0)
+    model['bbox_head'].update(
+        type='DETRHead',
+        loss_cls=dict(type='CrossEntropyLoss', bg_cls_weight=0.1, use_sigmoid=False, loss_weight=1.0, class_weight=1.0),
+    )
+    return model | dict(
+        type='DETR',
+        encoder=dict(num_layers=1, layer_cfg=dict(self_attn_cfg=attention, ffn_cfg=ffn)),
+        decoder=dict(
+            num_layers=2,
+            return_intermediate=True,
+            layer_cfg=dict(self_attn_cfg=attention, cross_attn_cfg=attention, ffn_cfg=ffn),
+        ),
+        positional_encoding=dict(num_feats=embed // 2, normalize=True),
+    )
+
+
 def saved(model: dict, path: Path, classes: tuple[str, ...] | None = None, seed: int = 1) -> str:
     """Build ``model``, write its (random) weights as MMEngine would, and return the file."""
     from kd_dense.models.build import build_model
@@ -277,8 +359,10 @@ def segmentation_batch(count: int = 2, size: tuple[int, int] = SIZE, classes: in
     )
 
 
-def detection_batch(sizes: tuple[tuple[int, int], ...] = (SIZE, (48, 64)), classes: int = 6, boxes: int = 3) -> dict:
-    """What the data loader gives an mmdet model: raw images of different sizes, and boxes."""
+def detection_batch(
+    sizes: tuple[tuple[int, int], ...] = (SIZE, (48, 64)), classes: int = 6, boxes: int = 3, masks: bool = False
+) -> dict:
+    """What the data loader gives an mmdet model: raw images of different sizes, and boxes (and masks within them)."""
     from mmdet.structures import DetDataSample
     from mmengine.structures import InstanceData
 
@@ -289,10 +373,22 @@ def detection_batch(sizes: tuple[tuple[int, int], ...] = (SIZE, (48, 64)), class
             bboxes=torch.cat([corner, corner + 8 + torch.rand(boxes, 2) * 20], 1),
             labels=torch.randint(0, classes, (boxes,)),
         )
+        if masks:
+            instances.masks = _ellipses(instances.bboxes, (h, w))
         meta = dict(img_shape=(h, w), ori_shape=(h, w), scale_factor=(1.0, 1.0), img_id=i, pad_shape=(h, w))
         samples.append(DetDataSample(gt_instances=instances, metainfo=meta))
         images.append(torch.randint(0, 256, (3, h, w), dtype=torch.uint8))
     return dict(inputs=images, data_samples=samples)
+
+
+def _ellipses(boxes: torch.Tensor, size: tuple[int, int]) -> Any:
+    """Bitmaps of the ellipses that fill the boxes."""
+    from mmdet.structures.mask import BitmapMasks
+
+    y, x = torch.meshgrid(*(torch.arange(n) + 0.5 for n in size), indexing='ij')
+    x1, y1, x2, y2 = (edge[:, None, None] for edge in boxes.unbind(1))
+    inside = ((2 * x - x1 - x2) / (x2 - x1)) ** 2 + ((2 * y - y1 - y2) / (y2 - y1)) ** 2 <= 1
+    return BitmapMasks(inside.numpy().astype('uint8'), *size)
 
 
 def scenes(folder: Path) -> Path:

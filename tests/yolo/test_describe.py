@@ -57,6 +57,11 @@ def test_heads_without_class_logits_say_so():
     assert len(description.aliases['neck']) == 3
     with pytest.raises(ConfigError, match=r"distillers\.kd: the student has no tap 'logits'.*RTDETRDecoder"):
         Distillers({'kd': {'type': 'LogitKD'}}).setup(description, description)
+    with pytest.raises(ConfigError, match="student has no tap 'query_logits': Ultralytics trains RT-DETR by a trainer"):
+        Distillers({'kd': {'type': 'QueryKD'}}).setup(description, description)
+    plain = describe(build('yolo11'))
+    with pytest.raises(ConfigError, match="student has no tap 'query_logits': it predicts no set of objects"):
+        Distillers({'kd': {'type': 'QueryKD'}}).setup(plain, plain)
     assert 'Classify' in describe(ClassificationModel('yolo11n-cls.yaml', nc=2, verbose=False)).logits
 
 
