@@ -172,13 +172,14 @@ def _time_terms(
 
 
 def _peak(function: Callable[[], None], device: torch.device) -> int:
-    with _allocation(device) as peak:
+    with allocation(device) as peak:
         function()
     return peak()
 
 
 @contextmanager
-def _allocation(device: torch.device) -> Iterator[Callable[[], int]]:
+def allocation(device: torch.device) -> Iterator[Callable[[], int]]:
+    """The peak of what the ``with`` block allocates on a GPU, in bytes, which what it gives tells afterwards."""
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
@@ -225,7 +226,7 @@ def _term_memory(
     """Bytes of every term, and of the whole step on a CPU."""
     weights = [x for model in (student, distillers) for x in (*model.parameters(), *model.buffers())]
     if on_gpu:
-        with watch(distillers, lambda name, tensors: _allocation(toolbox.device)) as seen, toolbox.precision():
+        with watch(distillers, lambda name, tensors: allocation(toolbox.device)) as seen, toolbox.precision():
             toolbox.step(batch)
         return {name: one.inside() for name, one in seen.items()}, 0
     with watch(distillers, lambda name, tensors: kept_for_backward([*weights, *tensors])) as seen:
