@@ -1,0 +1,12 @@
+# BCCD on a CPU, class predictions. Train the teacher first; the numbers are in docs/results.md.
+#
+#   python tools/train.py configs/detection/bccd/gfl_r18-w32_12e_bccd.py
+#   python tools/train.py configs/detection/logit_kd/logitkd_gfl-r18-w32_gfl-r18-w8_6e_bccd.py
+_base_ = ['../nfd/nfd_gfl-r18-w32_gfl-r18-w8_6e_bccd.py']
+model = dict(
+    distillers=dict(
+        _delete_=True,
+        # Each class on its own, divided by how many cells the teacher expects.
+        logits=dict(type='LogitKD', loss_weight=dict(type='auto', share=1.0)),
+    )
+)

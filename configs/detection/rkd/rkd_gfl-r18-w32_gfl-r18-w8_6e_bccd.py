@@ -1,0 +1,11 @@
+# BCCD on a CPU, relations between the objects. Train the teacher first; the numbers are in docs/results.md.
+#
+#   python tools/train.py configs/detection/bccd/gfl_r18-w32_12e_bccd.py
+#   python tools/train.py configs/detection/rkd/rkd_gfl-r18-w32_gfl-r18-w8_6e_bccd.py
+_base_ = ['../nfd/nfd_gfl-r18-w32_gfl-r18-w8_6e_bccd.py']
+model = dict(
+    distillers=dict(
+        _delete_=True,
+        objects=dict(type='RKD', taps='neck', loss_weight=dict(type='auto', share=1.0)),
+    )
+)
