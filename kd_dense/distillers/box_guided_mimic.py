@@ -7,7 +7,6 @@ from collections.abc import Mapping
 import torch
 from torch import Size, Tensor, nn
 
-from kd_dense.boxes import boxes_of, gaussian_sum, gaussian_union, gaussians, scale_mask, spans
 from kd_dense.connectors import match_size
 from kd_dense.connectors.global_context import GlobalContext
 from kd_dense.context import Context
@@ -16,6 +15,7 @@ from kd_dense.distillers.base import TapConfig, TapPair, describe, paired_shapes
 from kd_dense.distillers.cwd import positive
 from kd_dense.distillers.feature_mimic import FeatureDistiller, mask_for
 from kd_dense.errors import ConfigError, closest
+from kd_dense.geometry.boxes import boxes_of, gaussian_sum, gaussian_union, gaussians, scale_mask, spans
 from kd_dense.losses.focal import attention, attention_distance, squared_error
 from kd_dense.losses.reduction import at_least_fp32, prepare, zero_outside
 from kd_dense.registry import DISTILLERS

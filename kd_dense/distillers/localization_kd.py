@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from kd_dense.context import Context
-from kd_dense.dense_boxes import anchors_of, corners, grid_anchors
 from kd_dense.description import Boxes, Logits, Probe
 from kd_dense.distillers.base import Distiller, TapConfig, TapPair, describe, paired_shapes
 from kd_dense.distillers.cwd import positive
 from kd_dense.errors import ConfigError
-from kd_dense.localization_regions import localization_regions
+from kd_dense.geometry.dense_boxes import anchors_of, corners, grid_anchors
+from kd_dense.geometry.localization_regions import localization_regions
 from kd_dense.losses import box_l1, distribution_kl, giou_distance
 from kd_dense.losses.reduction import at_least_fp32, zero_outside
 from kd_dense.registry import DISTILLERS
@@ -41,7 +41,7 @@ class LocalizationKD(Distiller):
 
     ``w`` is the main region: the positives of ATSS times the largest class probability that the student (``scores``)
     sees there. ``v`` is the valuable region: places whose DIoU with a box is below the box's threshold but not below a
-    quarter of it, times their IoU. See :func:`~kd_dense.localization_regions.localization_regions`.
+    quarter of it, times their IoU. See :func:`~kd_dense.geometry.localization_regions.localization_regions`.
 
     Source: Zheng et al., "Localization Distillation for Dense Object Detection", CVPR 2022, and the authors' code:
     ``T = 10``, a quarter of the threshold, main region weighted by the student's score, valuable one by the IoU.

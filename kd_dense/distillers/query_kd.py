@@ -15,10 +15,10 @@ from kd_dense.description import Probe, Queries
 from kd_dense.distillers.base import Distiller, TapPair, describe, matched_levels, octaves
 from kd_dense.distillers.cwd import positive
 from kd_dense.errors import ConfigError
+from kd_dense.geometry.matching import assign, pair_costs
 from kd_dense.losses import mse
 from kd_dense.losses.queries import foreground, query_class_kl, query_giou, query_l1
 from kd_dense.losses.reduction import at_least_fp32
-from kd_dense.matching import assign, pair_costs
 from kd_dense.registry import DISTILLERS
 
 #: Which decoder layers are compared.
@@ -58,9 +58,9 @@ class QueryKD(Distiller):
     memory term and its weight, and who takes part where the numbers of queries differ.
 
     The assignment is solved on the host: one copy of the costs of all images and layers to it, and one back. That is
-    the one exception to the rule that a step copies nothing to the host, see :mod:`kd_dense.matching`. It takes time
-    that grows with the cube of the number of queries: on one core, for each image and layer, about 3 ms for the
-    most confident 300 of DINO's 900, which is as many as DINO reports, and 90 ms for all of them.
+    the one exception to the rule that a step copies nothing to the host, see :mod:`kd_dense.geometry.matching`. It
+    takes time that grows with the cube of the number of queries: on one core, for each image and layer, about 3 ms for
+    the most confident 300 of DINO's 900, which is as many as DINO reports, and 90 ms for all of them.
 
     Args:
         class_weight, l1_weight, giou_weight: of the losses and of the costs; 0 leaves a term out.

@@ -16,9 +16,9 @@ from kd_dense.context import Context
 from kd_dense.description import Logits, Probe
 from kd_dense.distillers.base import Distiller, TapConfig, TapPair, describe, octaves, paired_shapes
 from kd_dense.errors import ConfigError
+from kd_dense.geometry.regions import class_tokens, grid_tokens, image_tokens, roi_tokens
 from kd_dense.losses.relation import LEAST, angle_loss, distance_loss
 from kd_dense.random_state import step_seed
-from kd_dense.regions import class_tokens, grid_tokens, image_tokens, roi_tokens
 from kd_dense.registry import DISTILLERS
 
 #: What an example may be.
@@ -55,7 +55,7 @@ class RKD(Distiller):
     **our choice**:
 
     * ``'roi'``: the mean feature inside each ground-truth box, from the level that fits its size, boxes of all images
-      together; see :func:`~kd_dense.regions.roi_tokens`. Student and teacher are pooled with the same boxes.
+      together; see :func:`~kd_dense.geometry.regions.roi_tokens`. Student and teacher are pooled with the same boxes.
     * ``'class'``: the mean feature of each class that is present in an image, images together.
     * ``'image'``: the mean feature of each image, of all processes together. Needs three images or more.
     * ``'grid'``: the mean feature of each cell of a coarse grid; needs no labels.

@@ -14,7 +14,7 @@ from kd_dense.teacher import Normalization
 
 #: Dense heads whose class output is no logit per position and class.
 _NO_LOGITS = {
-    'TOODHead': 'TOODHead gives aligned class probabilities, not logits',
+    'TOODHead': "TOODHead gives aligned class probabilities, not logits (LocalizationKD works with scores='none')",
     'YOLOV3Head': 'YOLOV3Head packs classes, objectness and boxes into one map',
     'CenterNetHead': 'CenterNetHead gives a heat map after the sigmoid',
     'CornerHead': 'CornerHead predicts corners, not boxes with classes',

@@ -10,11 +10,11 @@ from scipy.special import expit, rel_entr, softmax
 
 from kd_dense import Distillation
 from kd_dense.context import Context
-from kd_dense.dense_boxes import anchors_of, grid_anchors
 from kd_dense.description import Boxes, Logits, Probe
 from kd_dense.distillers import LocalizationKD
 from kd_dense.errors import ConfigError
-from kd_dense.localization_regions import localization_regions
+from kd_dense.geometry.dense_boxes import anchors_of, grid_anchors
+from kd_dense.geometry.localization_regions import localization_regions
 from kd_dense.models.build import build_model
 from tests.generality import shrink
 from tests.helpers import tiny

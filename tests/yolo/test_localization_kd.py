@@ -4,9 +4,9 @@ import pytest
 import torch
 from ultralytics.nn.tasks import OBBModel, RTDETRDetectionModel
 
-from kd_dense.dense_boxes import anchors_of, corners, grid_anchors
 from kd_dense.distillation import Distillers
 from kd_dense.errors import ConfigError
+from kd_dense.geometry.dense_boxes import anchors_of, corners, grid_anchors
 from kd_dense.taps import Taps
 from kd_dense.yolo import DistillationModel
 from kd_dense.yolo.describe import describe

@@ -16,8 +16,9 @@ model = dict(
         checkpoint='checkpoints/retinanet_r101_fpn_1x_coco_20200130-7a93545f.pth',
     ),
     distillers=dict(
-        # Each ground-truth box is an example, pooled from the level that fits its size; the boxes of both images of a
-        # GPU are related to each other. 1 and 2 are the authors' weights of distances and angles in metric learning.
-        relations=dict(type='RKD', taps='neck', mode='roi', distance=1.0, angle=2.0),
+        # Each ground-truth box is an example, pooled from the level that fits its size: the coarsest, of stride 128, is
+        # for none of an image of 800 x 1333. The boxes of both images of a GPU are related to each other. 1 and 2 are
+        # the authors' weights of distances and angles in metric learning.
+        relations=dict(type='RKD', taps=['neck:0', 'neck:1', 'neck:2', 'neck:3'], mode='roi', distance=1.0, angle=2.0),
     ),
 )

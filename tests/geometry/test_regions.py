@@ -5,7 +5,7 @@ import pytest
 import torch
 from torchvision.ops import roi_align
 
-from kd_dense.regions import _octave, class_tokens, grid_tokens, image_tokens, roi_tokens
+from kd_dense.geometry.regions import _octave, class_tokens, grid_tokens, image_tokens, roi_tokens
 from tests.helpers.dispatch import Operations
 
 CANVAS = (256, 384)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kd_dense.boxes import pad_boxes
+from kd_dense.geometry.boxes import pad_boxes
 from kd_dense.losses.reduction import at_least_fp32, zero_outside
 
 #: RoIAlign's 7 x 7 bins of 2 x 2 samples each.

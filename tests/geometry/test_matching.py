@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from kd_dense.matching import assign, pair_costs
+from kd_dense.geometry.matching import assign, pair_costs
 from tests.helpers.queries import ACTIVATIONS, WEIGHTS, all_costs, boxes, cheapest
 
 

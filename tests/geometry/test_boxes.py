@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from kd_dense.boxes import (
+from kd_dense.context import Context
+from kd_dense.errors import ConfigError
+from kd_dense.geometry.boxes import (
     BITS,
     boxes_of,
     gaussian_sum,
@@ -18,8 +20,6 @@ from kd_dense.boxes import (
     spans,
     union,
 )
-from kd_dense.context import Context
-from kd_dense.errors import ConfigError
 from tests.helpers.dispatch import Operations
 
 CANVAS = (64, 64)

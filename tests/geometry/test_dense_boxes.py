@@ -5,8 +5,8 @@ import re
 import pytest
 import torch
 
-from kd_dense.dense_boxes import anchors_of, corners, expected, grid_anchors
 from kd_dense.description import Boxes
+from kd_dense.geometry.dense_boxes import anchors_of, corners, expected, grid_anchors
 from kd_dense.models.boxes import describe_boxes
 from kd_dense.models.build import build_model
 from tests.generality import shrink

@@ -6,7 +6,7 @@ import statistics
 import pytest
 import torch
 
-from kd_dense.localization_regions import localization_regions, overlaps
+from kd_dense.geometry.localization_regions import localization_regions, overlaps
 from tests.helpers.dispatch import Operations
 
 STRIDES = (4, 8, 16)
