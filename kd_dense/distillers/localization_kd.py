@@ -111,6 +111,7 @@ class LocalizationKD(Distiller):
         self.needs_boxes = region == 'boxes'
         self.anchor_size, self.nearest = positive(anchor_size, 'anchor_size'), nearest
         self.valuable_share, self.use_mask = float(valuable_share), use_mask
+        self._nothing: Tensor | None = None
 
     # -- building ------------------------------------------------------------------------------------------------------
 
@@ -230,7 +231,11 @@ class LocalizationKD(Distiller):
             for total, weight in zip(totals, weights, strict=True):
                 total[0] = total[0] + (weight * distance).sum()
                 total[1] = total[1] + weight.sum()
+        self._nothing = sum(weight for _, weight in totals) == 0  # boxes too small for either region, say
         return {'loss': sum(factor * self._reduced(*total) for (factor, _), total in zip(parts, totals, strict=True))}
+
+    def compared_nothing(self) -> Tensor | None:
+        return self._nothing
 
     def _reduced(self, total: Tensor, weight: Tensor) -> Tensor:
         if self.reduction == 'mean':

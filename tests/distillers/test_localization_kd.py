@@ -514,6 +514,16 @@ def test_a_first_batch_without_boxes_is_excused():
     assert take_step(model, tiny.detection_batch()) > 0
 
 
+def test_a_first_batch_of_boxes_outside_the_images_is_excused():
+    """There are boxes, but none of them has a place in either region."""
+    model = join(tiny.detector('GFL', 4), tiny.detector('GFL', 8))
+    batch = tiny.detection_batch()
+    for sample in batch['data_samples']:
+        sample.gt_instances.bboxes += 10_000
+    assert take_step(model, batch) == 0
+    assert take_step(model, tiny.detection_batch()) > 0
+
+
 def test_families_without_distributions_teach_each_other():
     """FCOS measures from the centre of a cell, RetinaNet has three anchors there."""
     gfl, fcos = tiny.detector('GFL', 4), tiny.detector('FCOS', 8)
