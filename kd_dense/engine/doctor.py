@@ -25,7 +25,7 @@ from kd_dense.engine.run import _metric, _toolbox, check_data, is_distillation
 from kd_dense.engine.score import score
 from kd_dense.errors import ConfigError, closest
 from kd_dense.models.build import build_model, fetch, load_teacher, read_checkpoint
-from kd_dense.models.describe import normalization
+from kd_dense.models.describe import image_normalization
 from kd_dense.models.distillation import MODEL_KEYS, Distillation, check_teacher
 from kd_dense.teacher import freeze
 
@@ -149,7 +149,8 @@ class MMToolbox(Toolbox):
 
     def preprocessing(self) -> Preprocessing:
         """Of the data preprocessors."""
-        return Preprocessing(normalization(self.student), normalization(self.teacher), self._option('scale') or 1.0)
+        sides = (image_normalization(model) for model in (self.student, self.teacher))
+        return Preprocessing(*sides, self._option('scale') or 1.0)
 
     def _option(self, key: str) -> Any:
         value = self.cfg.model.teacher.get(key) if isinstance(self.cfg.model.teacher, Mapping) else None
@@ -159,7 +160,7 @@ class MMToolbox(Toolbox):
 
     def join(self) -> Distillers:
         """:class:`~kd_dense.Distillation` around the models that were built before."""
-        options = dict(check_teacher(self.cfg.model.teacher), config=self.teacher, checkpoint=None)
+        options = dict(check_teacher(self.cfg.model.teacher), config=self.teacher, checkpoint=None, cache=None)
         arguments = {k: self.cfg.model[k] for k in ('probe_size', 'seed') if k in self.cfg.model}
         self.model = Distillation(self.student, options, self.cfg.model.distillers, **arguments).to(self.device)
         self.model.progress = 0.0

@@ -222,6 +222,13 @@ def normalization(model: nn.Module) -> Normalization | None:
     return Normalization(tuple(mean.flatten().tolist()), tuple(std.flatten().tolist()), channel_order(model))
 
 
+def image_normalization(model: nn.Module) -> Normalization:
+    """As :func:`normalization`; a model that does not normalise (YOLOX, say) is given pixel values, 0..255."""
+    count = input_channels(model)
+    plain = Normalization((0.0,) * count, (1.0,) * count, channel_order(model))
+    return normalization(model) or plain
+
+
 def channel_order(model: nn.Module) -> str:
     """``'rgb'`` or ``'bgr'``: the channels of what the model sees behind its data preprocessor."""
     preprocessor = getattr(model, 'data_preprocessor', None)

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from kd_dense.context import Context
 from kd_dense.distillation import Distillers, uncompiled
 from kd_dense.errors import ConfigError, closest
+from kd_dense.execution import EXECUTION_KEYS, Execution
 from kd_dense.models.build import build_model, build_teacher
-from kd_dense.models.describe import describe, is_segmentor, normalization, probe_canvas
+from kd_dense.models.describe import describe, image_normalization, is_segmentor, probe_canvas
 from kd_dense.models.rois import TeacherRoIs
 from kd_dense.random_state import preserve_random_state
 from kd_dense.registry import MODELS
@@ -23,7 +24,7 @@ from kd_dense.taps import Taps
 from kd_dense.teacher import Remap, Teacher
 
 MODEL_KEYS = ('student', 'teacher', 'distillers', 'probe_size', 'seed')
-TEACHER_KEYS = ('config', 'checkpoint', 'allow', 'classes', 'scale', 'trusted')
+TEACHER_KEYS = ('config', 'checkpoint', 'allow', 'classes', 'scale', 'trusted', *EXECUTION_KEYS)
 
 
 @MODELS.register_module()
@@ -47,7 +48,9 @@ class Distillation(BaseModel):
             ``classes``: student class name -> teacher class name where they differ, or ``'ignore'`` not to compare the
                 lists;
             ``scale``: size of the teacher's input relative to the student's;
-            ``trusted``: read the file without restrictions on what it may execute.
+            ``trusted``: read the file without restrictions on what it may execute;
+            ``fuse``, ``precision``, ``channels_last``, ``compile``, ``tolerance``: how it is run, see
+                :class:`~kd_dense.execution.Execution`.
             A built module, with its weights loaded, may stand in place of the dict.
         distillers: name -> ``dict(type=..., loss_weight=..., ...)``.
         probe_size: ``(H, W)`` of the dry forward that finds the shapes; see :func:`~kd_dense.models.describe.describe`.
@@ -88,8 +91,14 @@ class Distillation(BaseModel):
             size = probe_canvas(student, probe_size)
             scaled = tuple(int(n * teacher.get('scale', 1.0)) for n in size)
             self.distillers.setup(describe(student, size, training=True), describe(model, scaled), seed)
-        remap = Remap(normalization(student), normalization(model), teacher.get('scale', 1.0))
-        self.teacher = Teacher(model, None if remap.is_identity else remap)
+        remap = Remap(image_normalization(student), image_normalization(model), teacher.get('scale', 1.0))
+        self.teacher = Teacher(
+            model,
+            None if remap.is_identity else remap,
+            Execution.of(teacher),
+            self.distillers.taps('teacher', self.distillers.methods).paths,
+            lambda text: print_log(text, 'current'),
+        )
         self.teacher_meta = meta
         self.teacher_classes = teacher.get('classes')
         self.progress: float | None = None
@@ -248,7 +257,7 @@ def check_teacher(teacher: Mapping | nn.Module) -> Mapping:
     """The value of ``teacher`` as a dict.
 
     Raises:
-        ConfigError: no dict and no module, an unknown key, or no ``config``.
+        ConfigError: no dict and no module, an unknown key, no ``config``, or a value that an option can not have.
     """
     teacher = {'config': teacher} if isinstance(teacher, nn.Module) else teacher
     if not isinstance(teacher, Mapping):
@@ -258,4 +267,5 @@ def check_teacher(teacher: Mapping | nn.Module) -> Mapping:
             raise ConfigError(f'teacher: has no option {name!r}; {closest(name, TEACHER_KEYS)}')
     if 'config' not in teacher:
         raise ConfigError('teacher.config: is missing; give the config that the teacher was trained with')
+    Execution.of(teacher)
     return teacher

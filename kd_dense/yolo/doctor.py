@@ -23,12 +23,14 @@ from ultralytics.utils.torch_utils import autocast, unwrap_model
 from kd_dense.analysis.doctor.toolbox import Classes, Data, LoadedTeacher, Metric, Preprocessing, Toolbox
 from kd_dense.distillation import Distillers
 from kd_dense.errors import ConfigError
-from kd_dense.teacher import Normalization, freeze
+from kd_dense.execution import Execution
+from kd_dense.teacher import freeze
+from kd_dense.yolo import mmdet_teacher
 from kd_dense.yolo.config import load, read
-from kd_dense.yolo.describe import channels, class_names, forward_for
+from kd_dense.yolo.describe import class_names, describe
 from kd_dense.yolo.model import COUNTS, DistillationModel, count_objects
 from kd_dense.yolo.run import METRICS, TRAINERS, _arguments
-from kd_dense.yolo.teacher import check_channels, check_class_taps, place, read_teacher
+from kd_dense.yolo.teacher import adapter, check_channels, check_class_taps, place, read_teacher
 from kd_dense.yolo.trainer import require_dataset
 
 VALIDATORS = {'detect': DetectionValidator, 'segment': SegmentationValidator}
@@ -96,6 +98,10 @@ class YoloToolbox(Toolbox):
 
     # -- looking -------------------------------------------------------------------------------------------------------
 
+    def unscored(self) -> str | None:
+        """A teacher of MMDetection can not be scored."""
+        return mmdet_teacher.UNSCORED if mmdet_teacher.is_config(self.settings.teacher['config']) else None
+
     def score(self, side: str, count: int | None) -> dict[str, float]:
         """By Ultralytics' validator, on a copy, which it fuses. A sample is not sorted by the shape of its images."""
         model = deepcopy(self.teacher if side == 'teacher' else self.student)
@@ -134,21 +140,22 @@ class YoloToolbox(Toolbox):
 
     def classes(self) -> Classes:
         """Of the data set, and of the teacher's model."""
-        return Classes(class_names(self.student), class_names(self.teacher), self.settings.teacher['classes'])
+        teacher = adapter(self.teacher).class_names(self.teacher)
+        return Classes(class_names(self.student), teacher, self.settings.teacher['classes'])
 
     def preprocessing(self) -> Preprocessing:
         """All models of Ultralytics see RGB in 0..1."""
         check_channels(self.teacher, self.student)
-        count = channels(self.student)
-        same = Normalization((0.0,) * count, (255.0,) * count)
-        return Preprocessing(same, same)
+        teacher = adapter(self.teacher).describe(self.teacher)
+        return Preprocessing(describe(self.student).normalization, teacher.normalization)
 
     # -- training steps ------------------------------------------------------------------------------------------------
 
     def join(self) -> Distillers:
         """:class:`~kd_dense.yolo.DistillationModel` around the models that were built before."""
         distillers = self.settings.build_distillers()
-        self.model = DistillationModel(self.student, place(self.teacher, self.student), distillers)
+        teacher, execution = place(self.teacher, self.student), Execution.of(self.settings.teacher)
+        self.model = DistillationModel(self.student, teacher, distillers, execution)
         self.trainer.model = self.model
         self.trainer._model_train()
         return distillers
@@ -180,7 +187,7 @@ class YoloToolbox(Toolbox):
         """As :meth:`DistillationModel.loss` runs it."""
         distillers = self.model.distillers
         taps = distillers.taps('teacher', distillers.active(self.model.progress))
-        self.model._teacher(taps, batch['img'], forward_for(self.teacher, taps))
+        self.model._teacher(taps, batch['img'], adapter(self.teacher).forward_for(self.teacher, taps))
 
     def precision(self) -> AbstractContextManager:
         """As Ultralytics' trainer decides."""

@@ -12,9 +12,11 @@ from ultralytics import YOLO
 from ultralytics.cfg import get_cfg
 from ultralytics.data import build_yolo_dataset
 from ultralytics.engine.results import Results
+from ultralytics.utils import LOGGER
 from ultralytics.utils.ops import xywh2xyxy
 from ultralytics.utils.patches import imread
 
+from kd_dense.yolo import mmdet_teacher
 from kd_dense.yolo.config import read
 from kd_dense.yolo.teacher import read_checkpoint
 from kd_dense.yolo.trainer import require_dataset
@@ -28,7 +30,7 @@ def examples(
     Args:
         config: a YOLO config, or its path.
         checkpoints: ``'student'``, ``'distilled'`` and ``'teacher'`` -> checkpoint; ``None`` for the teacher: the one
-            in the config.
+            in the config, which is left out where it is a model of MMDetection.
         count: images, spread evenly over the validation set.
 
     Returns:
@@ -36,6 +38,9 @@ def examples(
         drawn on is enlarged where the image is small.
     """
     config = read(config)
+    if checkpoints.get('teacher', '') is None and mmdet_teacher.is_config(config.teacher['config']):
+        LOGGER.info('the teacher is a model of MMDetection, which Ultralytics can not run: there are no examples of it')
+        checkpoints = {name: path for name, path in checkpoints.items() if name != 'teacher'}
     data = require_dataset(config.data)
     arguments = get_cfg(overrides={'task': 'detect', 'imgsz': config.train.get('imgsz', 640), 'data': config.data})
     dataset = build_yolo_dataset(arguments, data['val'], batch=1, data=data, mode='val', rect=False)

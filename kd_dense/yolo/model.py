@@ -5,14 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from ultralytics.nn.distill_model import DistillationModel as UltralyticsDistillationModel
+from ultralytics.utils import LOGGER
 from ultralytics.utils.ops import xywh2xyxy
 from ultralytics.utils.torch_utils import copy_attr
 
 from kd_dense.context import Context
 from kd_dense.distillation import Distillers
 from kd_dense.errors import ConfigError
-from kd_dense.teacher import Teacher
-from kd_dense.yolo.describe import describe, forward_for
+from kd_dense.execution import Execution
+from kd_dense.teacher import Remap, Teacher
+from kd_dense.yolo.describe import describe
+from kd_dense.yolo.teacher import adapter
 
 #: Batch entry with the number of objects in each image, which the trainer counts before the batch goes to the device.
 COUNTS = 'objects_per_image'
@@ -29,22 +32,30 @@ class DistillationModel(UltralyticsDistillationModel):
         student: the model to be trained, on its device.
         teacher: a loaded teacher on the same device, see :func:`kd_dense.yolo.teacher.load_teacher`.
         distillers: what to distil. Set up here.
+        execution: how the teacher is run; ``None``: as it is.
 
     Raises:
         ConfigError: taps that a model does not have, or shapes that a distiller can not bring together.
     """
 
-    def __init__(self, student: nn.Module, teacher: nn.Module, distillers: Distillers) -> None:
+    def __init__(
+        self, student: nn.Module, teacher: nn.Module, distillers: Distillers, execution: Execution | None = None
+    ) -> None:
         nn.Module.__init__(self)
         self.student_model = student
         self.distillers = distillers
-        self._teacher: Teacher | None = Teacher(teacher)
+        ours, theirs = describe(student), adapter(teacher).describe(teacher)
+        remap = Remap(ours.normalization, theirs.normalization)
         # What the parent class keeps for its permanent hooks; empty, because there are none.
         self.feats_idx, self.teacher_feats_idx = [], []
         self._teacher_feats, self._student_feats = {}, {}
         self._teacher_hooks, self._student_hooks = [], []
         copy_attr(self, student)  # yaml, names, stride, args: what the trainer reads from its model
-        distillers.setup(describe(student), describe(teacher))
+        distillers.setup(ours, theirs)
+        tapped = distillers.taps('teacher', distillers.methods).paths
+        self._teacher: Teacher | None = Teacher(
+            teacher, None if remap.is_identity else remap, execution, tapped, LOGGER.info
+        )
         distillers.to(next(student.parameters()).device)
         self.iteration, self.epoch, self.progress = 0, 0, 0.0
 
@@ -57,6 +68,11 @@ class DistillationModel(UltralyticsDistillationModel):
     def teacher_model(self, value: None) -> None:
         # Ultralytics takes the teacher off the moving average's copy; nobody reads averaged connectors either.
         self._teacher = self.distillers = None
+
+    @property
+    def remap(self) -> Remap | None:
+        """From the student's images to the teacher's; ``None`` where it sees the same."""
+        return self._teacher and self._teacher.remap
 
     def compile_student(self, mode: str | bool = 'default', backend: str = 'inductor') -> None:
         """Have ``torch.compile`` compile the student's forward.
@@ -95,7 +111,8 @@ class DistillationModel(UltralyticsDistillationModel):
         if active:
             # The teacher goes first: what it needs on the way is free again before the student stores for its backward.
             taps = self.distillers.taps('teacher', active)
-            teacher = self._teacher(taps, images, forward_for(self.teacher_model, taps))
+            forward = adapter(self.teacher_model).forward_for(self.teacher_model, taps)
+            teacher = self._teacher(taps, images, forward)
             context.image = images = self.distillers.view(images, context)
             with self.distillers.taps('student', active).record() as taps:
                 if self.distillers.calibrates(active):

@@ -23,6 +23,7 @@ from kd_dense.errors import ConfigError, Interrupted
 from kd_dense.failures import as_sentences
 from kd_dense.run_lock import is_first_process, locked
 from kd_dense.stopping import name_of, requested, stop_signals
+from kd_dense.yolo import mmdet_teacher
 from kd_dense.yolo.config import YoloConfig, load, read
 from kd_dense.yolo.evaluate import evaluate
 from kd_dense.yolo.teacher import read_checkpoint
@@ -151,12 +152,16 @@ def _stop(trainer: Any, saved: int) -> NoReturn:
 
 def _score_teacher(source: Config, settings: YoloConfig, folder: Path) -> None:
     """Score the teacher on the validation images; the score is kept while its weights and the data stay the same."""
+    path = folder / 'teacher_score.json'
+    if mmdet_teacher.is_config(settings.teacher['config']):
+        LOGGER.info(mmdet_teacher.UNSCORED)
+        path.unlink(missing_ok=True)  # of another teacher
+        return
     checkpoint = Path(str(settings.teacher.get('checkpoint'))).expanduser()
     if not checkpoint.is_file():
         return  # the trainer says what is wrong with it
     digest = hashlib.sha256(checkpoint.read_bytes())
     digest.update(json.dumps([require_dataset(settings.data)['val'], settings.train.get('imgsz')]).encode())
-    path = folder / 'teacher_score.json'
     try:
         if json.loads(path.read_text())['key'] == digest.hexdigest():
             return

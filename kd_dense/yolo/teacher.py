@@ -1,32 +1,65 @@
-"""Load an Ultralytics checkpoint as a teacher, or say in one sentence why it can not be one."""
+"""Load a checkpoint as a teacher, or say in one sentence why it can not be one."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from ultralytics.nn.tasks import BaseModel, torch_safe_load
 from ultralytics.utils import LOGGER
 
 from kd_dense.checkpoint import CheckpointError, check_readable
+from kd_dense.description import Description
 from kd_dense.distillation import Distillers
 from kd_dense.errors import ConfigError, closest
+from kd_dense.execution import Execution
 from kd_dense.random_state import preserve_random_state
+from kd_dense.taps import Taps
 from kd_dense.teacher import LoadReport, load_weights, match_classes
-from kd_dense.yolo.describe import CLASS_ALIASES, channels, class_names
+from kd_dense.yolo import mmdet_teacher
+from kd_dense.yolo.describe import CLASS_ALIASES, channels, class_names, describe, forward_for
 
 #: Keys of ``teacher`` in a config, with their defaults.
-OPTIONS = {'checkpoint': None, 'config': None, 'classes': None, 'allow': (), 'trusted': False}
+OPTIONS = {'checkpoint': None, 'config': None, 'classes': None, 'allow': (), 'trusted': False, **asdict(Execution())}
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What is known about the teachers of one toolbox; each a function of the model.
+
+    Args:
+        describe: its :class:`~kd_dense.description.Description`.
+        forward_for: also of the taps that are wanted; a forward of the images that does no more than it has to.
+        channels: of the images that it takes.
+        class_names: in the order of their indices, or ``None``.
+    """
+
+    describe: Callable[[nn.Module], Description]
+    forward_for: Callable[[nn.Module, Taps], Callable[[Tensor], object]]
+    channels: Callable[[nn.Module], int]
+    class_names: Callable[[nn.Module], list[str] | None]
+
+
+_ULTRALYTICS = Adapter(describe, forward_for, channels, class_names)
+_MMDETECTION = Adapter(
+    mmdet_teacher.describe, mmdet_teacher.forward_for, mmdet_teacher.channels, mmdet_teacher.class_names
+)
+
+
+def adapter(model: nn.Module) -> Adapter:
+    """The adapter for a teacher; every detector of MMDetection has ``extract_feat``, no model of Ultralytics has."""
+    return _MMDETECTION if hasattr(model, 'extract_feat') else _ULTRALYTICS
 
 
 def check_options(teacher: Mapping) -> dict:
     """The ``teacher`` entry of a config with all its keys.
 
     Raises:
-        ConfigError: an unknown key, or no checkpoint.
+        ConfigError: an unknown key, no checkpoint, or a value that an option can not have.
     """
     for key in teacher:
         if key not in OPTIONS:
@@ -41,6 +74,7 @@ def check_options(teacher: Mapping) -> dict:
         raise ConfigError(
             f"teacher.classes: give {{'student name': 'teacher name'}}, or 'ignore' for features only, not {classes!r}"
         )
+    Execution.of(options)
     return options
 
 
@@ -48,7 +82,8 @@ def load_teacher(teacher: Mapping, student: nn.Module) -> nn.Module:
     """The teacher of a config, in float32, on the device and in the memory format of ``student``.
 
     Args:
-        teacher: ``checkpoint``, a ``.pt`` file; ``config``, the model YAML that the file must have been built from;
+        teacher: ``checkpoint``, a ``.pt`` file; ``config``, the model YAML that the file must have been built from, or
+            a config of MMDetection (``mmdet::...``, a ``.py`` file or a model dict), for whose model the file is;
             ``allow``, prefixes of tensors that may differ from it; ``classes``, student name -> teacher name, or
             ``'ignore'``; ``trusted``, load a file that holds more than data and Ultralytics' own classes.
         student: the model to be trained.
@@ -60,9 +95,10 @@ def load_teacher(teacher: Mapping, student: nn.Module) -> nn.Module:
     options = check_options(teacher)
     model, report = read_teacher(options)
     check_channels(model, student)
+    names = adapter(model).class_names(model)
     if options['classes'] != 'ignore':
-        match_classes(class_names(student), class_names(model), options['classes'])
-    LOGGER.info(f'{report} ({len(class_names(model))} classes)')
+        match_classes(class_names(student), names, options['classes'])
+    LOGGER.info(f'{report} ({"unknown" if names is None else len(names)} classes)')
     return place(model, student)
 
 
@@ -75,17 +111,23 @@ def read_teacher(options: Mapping) -> tuple[nn.Module, LoadReport]:
     Raises:
         ConfigError: see :func:`load_teacher`.
     """
+    model, report = mmdet_teacher.read(options) if mmdet_teacher.is_config(options['config']) else _read(options)
+    if not all(torch.isfinite(v).all() for v in model.state_dict().values()):
+        raise ConfigError(
+            f'teacher.checkpoint: {options["checkpoint"]} has weights that are not finite; train the teacher again'
+        )
+    return model, report
+
+
+def _read(options: Mapping) -> tuple[nn.Module, LoadReport]:
+    """The model of Ultralytics in a file."""
     path = Path(options['checkpoint']).expanduser()
     model = _model_in(read_checkpoint(path, 'teacher.checkpoint', options['trusted']), path)
     if options['config'] is not None:
-        report = _compare(model, options['config'], path, options['allow'])
-    else:
-        # The file brings its own architecture; there is nothing that could be missing.
-        count, parameters = len(model.state_dict()), sum(p.numel() for p in model.parameters())
-        report = LoadReport.of(count, count, parameters, parameters, str(path))
-    if not all(torch.isfinite(v).all() for v in model.state_dict().values()):
-        raise ConfigError(f'teacher.checkpoint: {path} has weights that are not finite; train the teacher again')
-    return model, report
+        return model, _compare(model, options['config'], path, options['allow'])
+    # The file brings its own architecture; there is nothing that could be missing.
+    count, parameters = len(model.state_dict()), sum(p.numel() for p in model.parameters())
+    return model, LoadReport.of(count, count, parameters, parameters, str(path))
 
 
 def check_channels(teacher: nn.Module, student: nn.Module) -> None:
@@ -94,9 +136,10 @@ def check_channels(teacher: nn.Module, student: nn.Module) -> None:
     Raises:
         ConfigError: they do not.
     """
-    if channels(teacher) != channels(student):
+    count = adapter(teacher).channels(teacher)
+    if count != channels(student):
         raise ConfigError(
-            f'teacher.checkpoint: its model takes images of {channels(teacher)} channels, the student '
+            f'teacher.checkpoint: its model takes images of {count} channels, the student '
             f'{channels(student)}; both must see the same images'
         )
 
@@ -110,16 +153,18 @@ def place(teacher: nn.Module, student: nn.Module) -> nn.Module:
 
 
 def check_class_taps(distillers: Distillers, teacher: Mapping) -> None:
-    """With ``classes='ignore'`` only features may be compared.
+    """With ``classes='ignore'``, or a teacher of MMDetection, only features may be compared.
 
     Raises:
         ConfigError: a distiller that compares class predictions.
     """
+    if mmdet_teacher.is_config(teacher.get('config')):
+        mmdet_teacher.check_taps(distillers)
     if teacher.get('classes') != 'ignore':
         return
     for name, method in distillers.methods.items():
         for pair in method.taps.values():
-            if any(tap.split(':')[0] in CLASS_ALIASES for tap in pair.student):
+            if pair.teacher and any(tap.split(':')[0] in CLASS_ALIASES for tap in pair.student):
                 raise ConfigError(
                     f"teacher.classes: 'ignore' is for features, but distillers.{name} compares class predictions; map "
                     "the names with classes={'student name': 'teacher name'}"

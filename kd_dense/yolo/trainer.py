@@ -23,6 +23,7 @@ from kd_dense.analysis.doctor.weights import about_weights
 from kd_dense.checkpoint import atomic_write, save
 from kd_dense.engine.gradient_hook import pending_gradients, put_back
 from kd_dense.errors import ConfigError, DistillationError
+from kd_dense.execution import Execution
 from kd_dense.random_state import capture, restore
 from kd_dense.yolo.config import YoloConfig, from_argument
 from kd_dense.yolo.model import COUNTS, DistillationModel, count_objects
@@ -96,7 +97,7 @@ class Distilling(Untimed):
         distillers = self.config.build_distillers()
         check_class_taps(distillers, self.config.teacher)
         teacher = load_teacher(self.config.teacher, student)
-        self.distillation = DistillationModel(student, teacher, distillers)
+        self.distillation = DistillationModel(student, teacher, distillers, Execution.of(self.config.teacher))
         self.model = self.distillation
         self._compile = self.args.compile
         if self._compile:
@@ -108,6 +109,8 @@ class Distilling(Untimed):
             nothing, sentences = about_weights(distillers)
             for sentence in filter(None, [nothing, *sentences]):
                 LOGGER.warning(sentence)
+            if self.distillation.remap is not None:
+                LOGGER.info(f'teacher sees {self.distillation.remap}')
             for row in distillers.table:
                 LOGGER.info(
                     f'{row.distiller}.{row.role}: student {row.student} | teacher {row.teacher} | '

@@ -386,6 +386,16 @@ def test_all_is_well():
     assert row['student_tensors'] == ({'shape': (4,), 'stride': None},)
 
 
+def test_a_side_that_does_not_normalise_is_pointed_out(monkeypatch):
+    pixels, normalised = Normalization((0.0,), (1.0,)), Normalization((3.0,), (4.0,))
+    for sides, warned in (((pixels, normalised), True), ((pixels, pixels), False), ((normalised, normalised), False)):
+        bench = Bench({'mimic': {**MIMIC, 'loss_weight': 0.1}})
+        monkeypatch.setattr(bench, 'preprocessing', lambda sides=sides: Preprocessing(*sides))
+        warnings = run(bench)['preprocessing'].warnings
+        assert bool(warnings) == warned
+        assert not warned or 'the student has no mean and std' in warnings[0]
+
+
 def test_scores_all_images_where_a_sample_would_be_as_large():
     bench = Bench()
     run(bench, images=40)

@@ -47,15 +47,20 @@ def header(name: str) -> str:
     return '\n'.join(lines[: next(i for i, line in enumerate(lines) if not line.startswith('#'))])
 
 
+def small_size(cfg: Config) -> tuple[int, int]:
+    """64 x 64, or what has a position for each of the 900 queries that a two-stage DETR chooses among them."""
+    return (256, 256) if cfg.model.student.get('as_two_stage') else tiny.SIZE
+
+
 def options(cfg: Config) -> dict:
-    """The arguments of ``Distillation``, with images of 64 x 64 and nothing to download."""
+    """The arguments of ``Distillation``, with small images and nothing to download."""
     model = cfg.model.to_dict()
     model.pop('type')
     student = model['student']
     forget_pretrained(student)
     if 'size' in student['data_preprocessor']:
         student['data_preprocessor']['size'] = tiny.SIZE
-    return dict(model, probe_size=tiny.SIZE)
+    return dict(model, probe_size=small_size(cfg))
 
 
 # -- text --------------------------------------------------------------------------------------------------------------
@@ -69,7 +74,25 @@ def test_the_first_class_configs_are_there():
         ('gfl-r101', 'gfl-r50'),
         ('gfl-r50', 'gfl-r18'),
         ('faster-rcnn-r101', 'faster-rcnn-r50'),
+        ('retinanet-x101', 'retinanet-r50'),
+        ('retinanet-r101', 'retinanet-r50'),
+        ('atss-r101', 'atss-r50'),
+        ('mask-rcnn-swin-s', 'mask-rcnn-r50'),
+        ('rtmdet-l', 'rtmdet-s'),
+        ('dino-swin-l', 'dino-r50'),
     }
+
+
+def test_every_method_for_detectors_has_a_config():
+    types = {method['type'] for name in PUBLISHED for method in LOADED[name].model.distillers.values()}
+    assert types >= {'BoxGuidedMimic', 'PKD', 'MGD', 'LocalizationKD', 'QueryKD', 'RoIKD', 'RKD', 'DPK'}
+
+
+def test_hooks_of_the_stock_config_stay():
+    """A list in a config replaces the one below it: RTMDet's moving average would be gone."""
+    (cfg,) = (LOADED[name] for name in PUBLISHED if LOADED[name].model.student.get('type') == 'RTMDet')
+    hooks = {hook['type'] for hook in cfg.custom_hooks}
+    assert hooks == {'EMAHook', 'PipelineSwitchHook', 'kd_dense.DistillationHook'}
 
 
 @pytest.mark.parametrize('name', PARSED)
@@ -171,7 +194,10 @@ def test_build__student_teacher_and_distillers_take_a_step(name, tmp_path):
 
     model.progress = 0.5  # whatever has a schedule has begun
     segmentation = cfg.default_scope == 'mmseg'
-    batch = tiny.segmentation_batch(classes=19) if segmentation else tiny.detection_batch(classes=80)
+    masks = 'mask_head' in cfg.model.student.get('roi_head', {})
+    height, width = small_size(cfg)
+    sizes = ((height, width), (3 * height // 4, width))
+    batch = tiny.segmentation_batch(classes=19) if segmentation else tiny.detection_batch(sizes, 80, masks=masks)
     wrapper = OptimWrapper(torch.optim.SGD(model.parameters(), lr=1e-4))
     logs = model.train_step(batch, wrapper)
     model.distillers.verify_gradients()

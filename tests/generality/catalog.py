@@ -246,6 +246,19 @@ def _table(models: tuple[Model, ...]) -> list[str]:
     return lines
 
 
+def _families() -> list[str]:
+    from tests.generality.families import FAMILIES  # which is made of the models above
+
+    lines = ['| family | methods for its head |', '| --- | --- |']
+    for family in FAMILIES:
+        methods = []
+        for kind, options in family.heads.items():
+            given = ', '.join(f'{name}={value!r}' for name, value in options.items())
+            methods.append(f'`{kind}`' + (f' with `{given}`' if given else ''))
+        lines.append(f'| {family.name} | {", ".join(methods)} |')
+    return lines
+
+
 def page() -> str:
     """The text of docs/supported_models.md."""
     lines = [
@@ -272,10 +285,20 @@ def page() -> str:
         '',
         'mmcv has no CPU kernel for the masked convolution of `GARetinaHead` (`masked_im2col`).',
         '',
+        'These families also take steps with features of the neck and the methods for their heads together, on images',
+        'of several sizes one after another, of mixed aspect ratio in one batch, and without any object:',
+        '',
+        *_families(),
+        '',
+        'RTMDet and YOLOX do so on batches that are resized inside the model. Teachers of another family are tried',
+        'with features: Faster R-CNN, Swin and PVTv2 for ResNets, a ResNet for PVTv2, DINO for RTMDet. Their levels',
+        'go together by stride.',
+        '',
         '## Ultralytics YOLO',
         '',
         'Both work with the model YAMLs of detection and instance segmentation of the families v3, v5, v6, v8, v9,',
         'v10, 11, 12 and 26, with all their variants (`-p2`, `-p6`, `-ghost`, `-spp`, `-tiny`, `-seg`).',
+        'A detector of MMDetection may be the teacher, for features.',
         '',
         '## Not covered',
         '',

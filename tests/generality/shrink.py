@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,13 +97,18 @@ def read(toolbox: str, path: str, size: tuple[int, int] = SIZE) -> ConfigDict:
 def one_step(
     student: Mapping, teacher: Mapping, distillers: dict, batch: dict, size: tuple[int, int] = SIZE, init: bool = False
 ) -> dict:
-    """Build both, take one training step.
+    """Build both, take one training step; see :func:`join` and :func:`step`."""
+    return step(join(student, teacher, distillers, size, init), batch)
+
+
+def join(
+    student: Mapping, teacher: Mapping, distillers: dict, size: tuple[int, int] = SIZE, init: bool = False
+) -> Distillation:
+    """Build both.
 
     Args:
+        size: of the image of the dry forward.
         init: initialise them as their configs say, which sets many weights to 0, and with them gradients.
-
-    Returns:
-        ``losses``: name -> number; ``student`` and ``connectors``: name -> sum of absolute gradients, ``None`` without.
     """
     torch.manual_seed(0)
     teacher = build_model(teacher, 'teacher')
@@ -112,7 +117,19 @@ def one_step(
         model.init_weights()
         teacher.init_weights()
     model.progress = 0.0
-    MessageHub.get_current_instance().update_info('epoch', 0)  # the runner does it, and TOOD reads it
+    return model
+
+
+def step(model: Distillation, batch: dict) -> dict:
+    """One training step, without an optimizer.
+
+    Returns:
+        ``losses``: name -> number; ``student`` and ``connectors``: name -> sum of absolute gradients, ``None`` without;
+        ``modules``: names of the classes in the student; ``canvas``: size of the batch that student and teacher saw.
+    """
+    model.zero_grad()
+    for name in ('epoch', 'iter'):  # the runner does it; TOOD and the resizing of whole batches read them
+        MessageHub.get_current_instance().update_info(name, 0)
     data = model.data_preprocessor(batch, True)
     total, logged = model.parse_losses(model(**data, mode='loss'))
     total.backward()
@@ -130,6 +147,7 @@ def one_step(
         student=gradients(model.student),
         connectors=gradients(model.distillers),
         modules={type(m).__name__ for m in model.student.modules()},
+        canvas=tuple(data['inputs'].shape[2:]),
     )
 
 
@@ -149,15 +167,28 @@ def segmentation_batch(classes: int, size: tuple[int, int] = SIZE) -> dict:
     return dict(inputs=[torch.randint(0, 256, (3, *size), dtype=torch.uint8) for _ in range(2)], data_samples=samples)
 
 
-def detection_batch(classes: int, stuff: int = 0, size: tuple[int, int] = SIZE, masks: bool = True) -> dict:
-    """Two images with boxes, masks, proposals and, where the model segments everything, a class for every pixel."""
+def detection_batch(
+    classes: int,
+    stuff: int = 0,
+    size: tuple[int, int] = SIZE,
+    masks: bool = True,
+    sizes: Sequence[tuple[int, int]] | None = None,
+    counts: tuple[int, int] = (3, 3),
+) -> dict:
+    """Two images with boxes, masks, proposals and, where the model segments everything, a class for every pixel.
+
+    Args:
+        sizes: of the two images where they differ; at least 110 pixels.
+        counts: objects in either, at most 3.
+    """
     from mmdet.structures import DetDataSample
     from mmdet.structures.mask import BitmapMasks
     from mmengine.structures import InstanceData, PixelData
 
     torch.manual_seed(1)
     samples = []
-    for i in range(2):
+    sizes = sizes or (size, size)
+    for i, size in enumerate(sizes):
         corner = torch.rand(3, 2) * 40
         boxes = torch.cat([corner, corner + 30 + torch.rand(3, 2) * 40], 1)
         filled = torch.zeros(3, *size, dtype=torch.uint8)
@@ -166,6 +197,7 @@ def detection_batch(classes: int, stuff: int = 0, size: tuple[int, int] = SIZE, 
         instances = InstanceData(bboxes=boxes, labels=torch.randint(0, classes, (3,)))
         if masks:
             instances.masks = BitmapMasks(filled.numpy(), *size)
+        instances = instances[: counts[i]]
         sample = DetDataSample(
             gt_instances=instances,
             ignored_instances=instances[:0],
@@ -181,4 +213,4 @@ def detection_batch(classes: int, stuff: int = 0, size: tuple[int, int] = SIZE, 
         )
         sample.gt_sem_seg = PixelData(sem_seg=torch.randint(0, max(stuff, 1), (1, *size)) + (classes if stuff else 0))
         samples.append(sample)
-    return dict(inputs=[torch.randint(0, 256, (3, *size), dtype=torch.uint8) for _ in range(2)], data_samples=samples)
+    return dict(inputs=[torch.randint(0, 256, (3, *s), dtype=torch.uint8) for s in sizes], data_samples=samples)

@@ -354,3 +354,20 @@ def test_without_the_hook__training_stops_with_a_sentence(teacher):
     model.progress = None
     with pytest.raises(ConfigError, match=r'custom_hooks: .*kd_dense\.DistillationHook'):
         losses_of(model)
+
+
+def test_a_teacher_without_normalisation__is_given_pixel_values(tmp_path):
+    """YOLOX and its like have no mean and std: what they were trained on are pixel values, here in BGR."""
+    student, teacher = tiny.detector('RetinaNet'), tiny.detector('RetinaNet', width=8)
+    for key in ('mean', 'std', 'bgr_to_rgb'):
+        teacher['data_preprocessor'].pop(key)
+    file = tiny.saved(teacher, tmp_path / 'teacher.pth')
+    model = Distillation(student, dict(config=teacher, checkpoint=file), dict(neck=dict(type='NFD', taps='neck')))
+    batch = tiny.detection_batch(sizes=((64, 64), (64, 64)))
+    raw = torch.stack(batch['inputs']).float()
+    seen = model.teacher.remap(model.data_preprocessor(batch, training=True)['inputs'])
+    assert torch.allclose(seen, raw, atol=1e-3)
+    other_way = Distillation(teacher, dict(config=student, checkpoint=tiny.saved(student, tmp_path / 's.pth')),
+                             dict(neck=dict(type='NFD', taps='neck')))  # fmt: skip
+    expected = (raw.flip(1) - torch.tensor(tiny.MEAN)[None, :, None, None]) / torch.tensor(tiny.STD)[None, :, None, None]
+    assert torch.allclose(other_way.teacher.remap(raw), expected, atol=1e-4)

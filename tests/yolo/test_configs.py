@@ -32,7 +32,7 @@ def test_config(path, tmp_path):
 
 def test_every_method_that_yolo_supports_has_one():
     types = {d['type'] for path in CONFIGS for d in read(path).distillers.values()}
-    assert {'Native', 'CWD', 'FeatureMimic', 'LogitKD'} <= types
+    assert {'Native', 'CWD', 'FeatureMimic', 'LogitKD', 'LocalizationKD'} <= types
 
 
 def test_a_missing_teacher_is_said_in_a_sentence(data, tmp_path, monkeypatch):

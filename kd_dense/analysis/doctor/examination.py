@@ -178,6 +178,10 @@ class _Examination:
             'all_images': self.sizes.val_images,
             'metric': metric and metric.name,
         }
+        reason = self.toolbox.unscored()
+        if reason is not None:
+            check.warn(reason)
+            return
         percent = {}
         for side in ('teacher', 'student'):
             scores = self.toolbox.score(side, count)
@@ -224,11 +228,14 @@ class _Examination:
             'gain': None if remap.gain is None else remap.gain.flatten().tolist(),
             'shift': None if remap.shift is None else remap.shift.flatten().tolist(),
         }
-        lacking = [side for side, value in sides.items() if value is None]
-        if len(lacking) == 1:
+        plain = [
+            side for side, value in sides.items() if value and set(value.mean) == {0.0} and set(value.std) == {1.0}
+        ]
+        if len(plain) == 1:
             check.warn(
-                f'data_preprocessor: the {lacking[0]} has no mean and std but the other side has, so the teacher is '
-                'not given the images that it was trained on; give both, or normalise in the pipeline of both'
+                f'data_preprocessor: the {plain[0]} has no mean and std but the other side has, so its images are '
+                'taken for pixel values 0 to 255; if its pipeline normalises them, say how with mean and std here '
+                'instead'
             )
 
     def taps(self, check: Check) -> None:

@@ -63,7 +63,7 @@ class Classes:
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """Normalisation of both sides (``None``: there is none) and the size of the teacher's input over the student's."""
+    """Normalisation of both sides (``None``: not known) and the size of the teacher's input over the student's."""
 
     student: Normalization | None
     teacher: Normalization | None
@@ -110,6 +110,10 @@ class Toolbox(ABC):
     @abstractmethod
     def build_student(self) -> nn.Module:
         """Build the student as the training does, with the weights that it would start from."""
+
+    def unscored(self) -> str | None:
+        """Why the teacher can not be scored by this toolbox, in one sentence; ``None``: it can."""
+        return None
 
     @abstractmethod
     def score(self, side: str, count: int | None) -> dict[str, float]:
