@@ -136,7 +136,7 @@ class YoloToolbox(Toolbox):
     def metric(self) -> Metric:
         """What a comparison of runs counts too."""
         key = METRICS[self.task]
-        return Metric(key, key.removeprefix('metrics/')[: -len('(B)')], 100.0)
+        return Metric(key, key.removeprefix('metrics/').removesuffix('(B)'), 100.0)
 
     def classes(self) -> Classes:
         """Of the data set, and of the teacher's model."""

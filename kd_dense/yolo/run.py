@@ -263,7 +263,7 @@ def _record(trainer: Any, observer: _Observer, distilled: bool, task: str, confi
         name='distilled' if distilled else 'student',
         seed=trainer.args.seed,
         toolbox='ultralytics',
-        metric=key.removeprefix('metrics/')[: -len('(B)')],
+        metric=key.removeprefix('metrics/').removesuffix('(B)'),
         value=curve[-1][1],
         iterations=iterations,
         seconds=seconds,
