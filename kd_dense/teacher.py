@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from kd_dense.context import inside
 from kd_dense.errors import ConfigError, closest
+from kd_dense.execution import Execution, Executor
 from kd_dense.taps import Taps
 
 logger = logging.getLogger('kd_dense')
@@ -27,11 +28,23 @@ class Teacher:
     Args:
         model: the loaded teacher. Frozen here for good.
         remap: from the student's input to the teacher's; ``None``: the same.
+        execution: how it is run; ``None``: as it is.
+        tapped: paths of all modules that will ever be tapped; for ``execution``.
+        log: takes sentences about the execution.
     """
 
-    def __init__(self, model: nn.Module, remap: Remap | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        remap: Remap | None = None,
+        execution: Execution | None = None,
+        tapped: Iterable[str] = (),
+        log: Callable[[str], object] = logger.info,
+    ) -> None:
         self.model = freeze(model)
         self.remap = remap
+        is_plain = execution is None or execution.is_plain
+        self._executor = None if is_plain else Executor(self.model, execution, tapped, log)
 
     @torch.compiler.disable(recursive=False)
     def __call__(
@@ -48,6 +61,8 @@ class Teacher:
         with torch.no_grad():
             if self.remap is not None:
                 images = self.remap(images, image_sizes)
+            if self._executor is not None:
+                return self._executor(taps, images, forward)
             taps.run_until_deepest(lambda: forward(images), key=images.shape[0])
             return taps.take()
 

@@ -9,9 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kd_dense.losses.at_once import at_once
 from kd_dense.losses.reduction import masked_mean, prepare, zero_outside
 
 
+@at_once
 def class_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0, mask: Tensor | None = None) -> Tensor:
     """``T^2 * mean over positions of sum_c p_c (log p_c - log q_c)``, softmax over the classes at temperature ``T``.
 
@@ -31,6 +33,7 @@ def class_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0, mask: T
     return masked_mean(per_position, mask) * temperature**2
 
 
+@at_once
 def bernoulli_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0, mask: Tensor | None = None) -> Tensor:
     """KL between independent sigmoid classes, summed over positions and classes, per expected teacher detection.
 
@@ -58,6 +61,7 @@ def bernoulli_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0, mas
     return kl.sum() / foreground.sum().clamp(min=1) * temperature**2
 
 
+@at_once
 def channel_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0, mask: Tensor | None = None) -> Tensor:
     """Channel-wise divergence: ``T^2 / (B C) * sum_{b,c} KL(p_{b,c} || q_{b,c})``, softmax over its positions.
 

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kd_dense.errors import ConfigError
+from kd_dense.losses.at_once import at_once
 from kd_dense.losses.reduction import at_least_fp32, masked_mean, prepare, zero_outside
 from kd_dense.registry import LOSSES
 
@@ -20,8 +21,7 @@ def mse(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
         mask: boolean ``[B, 1, h, w]``, positions that count.
     """
     student, teacher = prepare(student, teacher)
-    if mask is None:
-        return F.mse_loss(student, teacher)
+    # unlike F.mse_loss this keeps one map for the backward, not two, and not the teacher's
     return masked_mean(zero_outside(student - teacher, mask).square(), mask)
 
 
@@ -33,6 +33,7 @@ def l1(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 @LOSSES.register_module()
+@at_once
 def cosine(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
     """``1 - cos`` of the channel vectors, mean over batch and valid positions, 0..2; arguments as for :func:`mse`."""
     student, teacher = (zero_outside(x, mask) for x in prepare(student, teacher))
@@ -43,6 +44,7 @@ def cosine(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tens
 AXES = {'hw': (2, 3), 'c': (1,), 'chw': (1, 2, 3), 'bhw': (0, 2, 3)}
 
 
+@at_once
 def normalized_mse(
     student: Tensor, teacher: Tensor, axes: str = 'hw', eps: float = 1e-5, mask: Tensor | None = None
 ) -> Tensor:

@@ -61,6 +61,11 @@ def check_options(teacher: Mapping) -> dict:
     Raises:
         ConfigError: an unknown key, no checkpoint, or a value that an option can not have.
     """
+    if 'cache' in teacher:
+        raise ConfigError(
+            'teacher.cache: only MMSegmentation and MMDetection can train from a cache; the mosaics of Ultralytics '
+            'depend on which images were loaded before, so its views can not be replayed; remove the key'
+        )
     for key in teacher:
         if key not in OPTIONS:
             raise ConfigError(f'teacher: unknown key {key!r}; {closest(key, OPTIONS)}')
