@@ -7,8 +7,8 @@ compat.apply()
 
 from kd_dense import distillers  # noqa: E402  (registers the methods)
 from kd_dense.distillers import Distiller  # noqa: E402
-from kd_dense.engine import DistillationHook  # noqa: E402
-from kd_dense.models import Distillation  # noqa: E402
+from kd_dense.engine import AdaptationHook, DistillationHook  # noqa: E402
+from kd_dense.models import Distillation, MeanTeacherAdaptation  # noqa: E402
 from kd_dense.registry import CONNECTORS, DISTILLERS, LOSSES  # noqa: E402
 
 __version__ = '0.1.0'
@@ -17,10 +17,12 @@ __all__ = [
     'CONNECTORS',
     'DISTILLERS',
     'LOSSES',
+    'AdaptationHook',
     'ConfigError',
     'Distillation',
     'DistillationError',
     'DistillationHook',
     'Distiller',
+    'MeanTeacherAdaptation',
     'distillers',
 ]

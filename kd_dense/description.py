@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from kd_dense.teacher import Normalization
 
@@ -128,6 +128,8 @@ class Description:
             none.
         queries: how to read the aliases in :data:`QUERY_TAPS`, or one sentence that says why this model has none.
         boxes: how to read the alias ``boxes``, or one sentence that says why this model has none.
+        recorded: for a model that is not there: tap names -> tap name -> tensors of a dry forward, and the canvas. It
+            is asked instead of ``run``.
     """
 
     model: nn.Module
@@ -146,6 +148,7 @@ class Description:
         'RoIKD (two-stage detectors), or features with PKD'
     )
     boxes: Boxes | str = 'this model has no boxes for each cell that kd_dense knows how to read'
+    recorded: Callable[[list[str]], tuple[dict[str, list[Tensor]], tuple[int, int]]] | None = None
 
 
 @dataclass(frozen=True)

@@ -121,7 +121,7 @@ class Distillers(nn.Module):
         self._descriptions = {'student': student, 'teacher': teacher}
         with preserve_random_state():
             torch.manual_seed(seed)
-            found = {side: self._dry_forward(side) for side in self._descriptions}
+            found = {side: self.dry_forward(side) for side in self._descriptions}
             for name, method in self.methods.items():
                 probes = []
                 for side, (values, canvas) in found.items():
@@ -155,7 +155,8 @@ class Distillers(nn.Module):
                 shapes[role] = [teacher.shapes[role][i] for i in levels]
         return replace(teacher, shapes=shapes)
 
-    def _names(self, side: str, methods: Mapping[str, Distiller] | None = None) -> list[str]:
+    def tap_names(self, side: str, methods: Mapping[str, Distiller] | None = None) -> list[str]:
+        """The taps of ``methods``, default all, on one side, ``'student'`` or ``'teacher'``; each once."""
         methods = self.methods if methods is None else methods
         names = (n for m in methods.values() for pair in m.taps.values() for n in getattr(pair, side))
         return list(dict.fromkeys(names))
@@ -165,17 +166,25 @@ class Distillers(nn.Module):
         key = (side, *active)
         if key not in self._taps:  # made when first needed: until then the host may have replaced modules (SyncBN, say)
             description = self._descriptions[side]
-            self._taps[key] = Taps(description.model, self._names(side, active), description.aliases, side)
+            self._taps[key] = Taps(description.model, self.tap_names(side, active), description.aliases, side)
         return self._taps[key]
 
-    def _dry_forward(self, side: str) -> tuple[dict[str, list[Tensor]], tuple[int, int]]:
+    def description(self, side: str) -> Description:
+        """What the adapter said about one side, ``'student'`` or ``'teacher'``."""
+        return self._descriptions[side]
+
+    def dry_forward(self, side: str) -> tuple[dict[str, list[Tensor]], tuple[int, int]]:
         """Tap name -> tensors of a made-up batch, and its canvas."""
         description = self._descriptions[side]
         model = description.model
         for name, method in self.methods.items():  # one by one, so that an error names the distiller that asks for it
             for pair in method.taps.values():
                 self._check_aliases(name, getattr(pair, side), description, side)
+                if description.recorded is not None:
+                    continue
                 Taps(model, getattr(pair, side), description.aliases, f'distillers.{name}.taps ({side})')
+        if description.recorded is not None:
+            return description.recorded(self.tap_names(side))
         modes = {m: m.training for m in model.modules()}
         model.eval()
         failures: list[Exception] = []
@@ -203,7 +212,7 @@ class Distillers(nn.Module):
         """Tap name -> tensors that ``run`` leaves behind, and the canvas that it returns."""
         description = self._descriptions[side]
         key = f'distillers: taps ({side})'
-        taps = Taps(description.model, self._names(side), description.aliases, key)
+        taps = Taps(description.model, self.tap_names(side), description.aliases, key)
         with torch.no_grad(), taps.record():
             canvas = run()
             return taps.take(), canvas
@@ -298,7 +307,7 @@ class Distillers(nn.Module):
                 if levels is not None:
                     t[role] = [t[role][i] for i in levels]
             for side, values in (('student', student), ('teacher', teacher)):
-                for unused in set(values) - set(self._names(side, active)):
+                for unused in set(values) - set(self.tap_names(side, active)):
                     del values[unused]
             weight = self.weights[name]
             unweighted = method(s, t, context)

@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+from mmengine.registry import DATA_SAMPLERS as MMENGINE_DATA_SAMPLERS
 from mmengine.registry import DATASETS as MMENGINE_DATASETS
 from mmengine.registry import HOOKS as MMENGINE_HOOKS
 from mmengine.registry import LOOPS as MMENGINE_LOOPS
@@ -11,13 +12,23 @@ from mmengine.registry import METRICS as MMENGINE_METRICS
 from mmengine.registry import MODEL_WRAPPERS as MMENGINE_MODEL_WRAPPERS
 from mmengine.registry import MODELS as MMENGINE_MODELS
 from mmengine.registry import OPTIM_WRAPPERS as MMENGINE_OPTIM_WRAPPERS
+from mmengine.registry import TRANSFORMS as MMENGINE_TRANSFORMS
 from mmengine.registry import Registry
 
 from kd_dense.errors import ConfigError, closest
 
 MODELS = Registry('model', parent=MMENGINE_MODELS, scope='kd_dense', locations=['kd_dense.models'])
-DATASETS = Registry('dataset', parent=MMENGINE_DATASETS, scope='kd_dense', locations=['kd_dense.data.datasets'])
+DATASETS = Registry(
+    'dataset',
+    parent=MMENGINE_DATASETS,
+    scope='kd_dense',
+    locations=['kd_dense.data.datasets', 'kd_dense.cache', 'kd_dense.adaptation.paired'],
+)
+DATA_SAMPLERS = Registry('data sampler', parent=MMENGINE_DATA_SAMPLERS, scope='kd_dense', locations=['kd_dense.cache'])
 METRICS = Registry('metric', parent=MMENGINE_METRICS, scope='kd_dense', locations=['kd_dense.engine.cityscapes'])
+TRANSFORMS = Registry(
+    'transform', parent=MMENGINE_TRANSFORMS, scope='kd_dense', locations=['kd_dense.adaptation.transforms']
+)
 HOOKS = Registry('hook', parent=MMENGINE_HOOKS, scope='kd_dense', locations=['kd_dense.engine'])
 LOOPS = Registry('loop', parent=MMENGINE_LOOPS, scope='kd_dense', locations=['kd_dense.engine.loops'])
 MODEL_WRAPPERS = Registry(

@@ -6,6 +6,9 @@ import os
 import shutil
 from pathlib import Path
 
+#: Endings of image files, in small letters.
+IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp')
+
 
 def link_or_copy(source: Path, target: Path) -> None:
     """Make ``target`` show the file ``source``: a hard link, else a relative symbolic link, else a copy."""

@@ -59,12 +59,15 @@ class Distiller(nn.Module):
             :func:`matched_levels`.
         needs_boxes: without any ground-truth box in a batch there is nothing to compare: its losses may be 0 then, and
             neither that they are not nor an ``auto`` weight is found out on such a batch.
+        softmax_only: of the teacher's class logits it reads only the softmax over the classes, so that their
+            log-probabilities do as well.
     """
 
     taps: dict[str, TapPair]
     default_loss_weight: float | str | Mapping = 1.0
     matches_levels: bool = True
     needs_boxes: bool = False
+    softmax_only: bool = False
 
     def setup(self, student: Probe, teacher: Probe) -> None:
         """Told once, before training, what shapes to expect; builds whatever depends on them.

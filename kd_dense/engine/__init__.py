@@ -1,5 +1,6 @@
 """Hooks for MMEngine's runner, and the functions that the tools call."""
 
+from kd_dense.engine.adaptation_hook import AdaptationHook
 from kd_dense.engine.gradient_hook import GradientHook
 from kd_dense.engine.hook import DistillationHook
 from kd_dense.engine.loops import ResumableEpochLoop
@@ -8,6 +9,7 @@ from kd_dense.engine.record_hook import RecordHook
 from kd_dense.engine.safety_hooks import FiniteHook, StopHook
 
 __all__ = [
+    'AdaptationHook',
     'DistillationHook',
     'FiniteHook',
     'GradientHook',

@@ -50,6 +50,7 @@ def check_loader(loader: DataLoader, part: str) -> DataLoader:
             dataset.pipeline = NamesBadFiles(dataset.pipeline)
     # an endless sampler begins anew and fills every batch
     sampler = getattr(loader.batch_sampler, 'sampler', loader.sampler)
+    sampler = getattr(sampler, 'sampler', sampler)  # inside of what chooses views
     if not isinstance(sampler, InfiniteSampler) and len(loader) == 0:
         raise ConfigError(
             f'{part}: {len(loader.dataset)} images do not fill one batch of {loader.batch_size}, and drop_last leaves '

@@ -70,6 +70,7 @@ class DistillationHook(Hook):
                 'remove the hook to train a student alone'
             )
         self._clock(runner, model)
+        live = self._with_live_teacher(runner, model)
         student_classes = getattr(runner.train_dataloader.dataset, 'metainfo', {}).get('classes')
         teacher_classes = (model.teacher_meta.get('dataset_meta') or {}).get('classes')
         if model.teacher_classes != 'ignore':
@@ -77,13 +78,23 @@ class DistillationHook(Hook):
         self._check_optimizer(runner, model)
         print_log('\n' + tap_table(model.distillers.table), 'current')
         nothing, sentences = about_weights(model.distillers)
-        if self.score_teacher and runner.val_loop is not None:
-            self.teacher_score = self._score(runner, model)
+        if self.score_teacher and runner.val_loop is not None and live is not None:
+            self.teacher_score = self._score(runner, live)
             text = ', '.join(f'{k} {v:.4g}' for k, v in self.teacher_score.items())
             print_log(f'teacher on the validation set: {text}', 'current')
             sentences.append(self._about_teacher(runner, student_classes))
         for sentence in filter(None, [nothing, *sentences]):
             print_log(sentence, 'current', logging.WARNING)
+
+    @staticmethod
+    def _with_live_teacher(runner: Runner, model: Any) -> Any:
+        """The model; or, while it has a cache instead of a teacher, one that has it, if the teacher's file is there."""
+        from kd_dense.cache.teacher import CachedTeacher  # these need kd_dense.models
+        from kd_dense.cache.verify import verify
+
+        if not isinstance(model.teacher, CachedTeacher):
+            return model
+        return verify(runner.cfg, model, runner.train_dataloader)
 
     def _about_teacher(self, runner: Runner, classes: list[str] | None) -> str | None:
         from kd_dense.engine.run import _metric  # that module needs this one

@@ -17,8 +17,10 @@ from mmengine.registry import DATASETS, RUNNERS, VISUALIZERS, init_default_scope
 from mmengine.runner import Runner
 
 from kd_dense import checkpoint as checkpoints
+from kd_dense.adaptation.paired import train_on_source
 from kd_dense.analysis.doctor.environment import operators_problem
 from kd_dense.analysis.record import RunRecord
+from kd_dense.cache import use_cache
 from kd_dense.engine.amp import set_precision
 from kd_dense.engine.cpu_processes import start_cpu_processes
 from kd_dense.engine.data_checks import check_loader, named_if_empty
@@ -65,19 +67,30 @@ def is_distillation(cfg: Config) -> bool:
     return str(cfg.get('model', {}).get('type', '')).rpartition('.')[2] == 'Distillation'
 
 
+def is_adaptation(cfg: Config) -> bool:
+    """Is the MMEngine model of this config a :class:`~kd_dense.MeanTeacherAdaptation`?"""
+    return str(cfg.get('model', {}).get('type', '')).rpartition('.')[2] == 'MeanTeacherAdaptation'
+
+
 def student_alone(cfg: Config) -> Config:
-    """The same config without distillation: the stock model of the student, and no hook of ours that needs more."""
+    """The same config without distillation: the stock model of the student, and no hook of ours that needs more.
+
+    Of an adaptation the training on the source domain alone is left.
+    """
     cfg = copy.deepcopy(cfg)
     if is_yolo(cfg):
         for key in ('teacher', 'distillers'):
             cfg.pop(key, None)
         return cfg
-    if is_distillation(cfg):
+    if is_adaptation(cfg):
+        train_on_source(cfg)
+    if is_distillation(cfg) or is_adaptation(cfg):
         cfg.model = model_config(cfg.model['student'], 'student')
         scope = cfg.model.pop('_scope_', None)
         if scope and 'default_scope' not in cfg:
             cfg.default_scope = scope
-    cfg.custom_hooks = [h for h in cfg.get('custom_hooks') or [] if not _is_type(h, 'DistillationHook')]
+    ours = ('DistillationHook', 'AdaptationHook')
+    cfg.custom_hooks = [h for h in cfg.get('custom_hooks') or [] if not any(_is_type(h, name) for name in ours)]
     return cfg
 
 
@@ -138,11 +151,14 @@ def train(
     name = cfg.filename or ''
     if cfg.get('model') is None:
         raise ConfigError(f'model: {name or "the config"} has none, so there is nothing to train')
+    cfg = use_cache(cfg, outputs=distill)
     cfg = copy.deepcopy(cfg) if distill else student_alone(cfg)
     cfg.work_dir, cfg.launcher = work_dir, launcher
     hooks = list(cfg.get('custom_hooks') or [])
     if is_distillation(cfg) and not any(_is_type(h, 'DistillationHook') for h in hooks):
         hooks.append(dict(type='kd_dense.DistillationHook'))
+    if is_adaptation(cfg) and not any(_is_type(h, 'AdaptationHook') for h in hooks):
+        hooks.append(dict(type='kd_dense.AdaptationHook'))
     if seed is not None:
         cfg.randomness = dict(cfg.get('randomness') or {}, seed=seed)
     for safety in ('RandomStateHook', 'GradientHook', 'FiniteHook', 'StopHook'):
@@ -154,7 +170,7 @@ def train(
         hooks.append(
             dict(
                 type='kd_dense.RecordHook',
-                name='distilled' if is_distillation(cfg) else 'student',
+                name='distilled' if is_distillation(cfg) or is_adaptation(cfg) else 'student',
                 seed=(cfg.get('randomness') or {}).get('seed') or 0,
                 toolbox=_toolbox(cfg),
                 metric=metric[0],
@@ -206,7 +222,12 @@ def _build_loader(runner: Runner, part: str) -> None:
 def _metric(cfg: Config) -> tuple[str, float] | None:
     evaluators = cfg.get('val_evaluator') or []
     for evaluator in evaluators if isinstance(evaluators, (list, tuple)) else [evaluators]:
-        found = _METRICS.get(str(evaluator.get('type', '')).rpartition('.')[2])
+        name = str(evaluator.get('type', '')).rpartition('.')[2]
+        found = _METRICS.get(name)
+        if name == 'CocoMetric':  # of several kinds the first one counts
+            kinds = evaluator.get('metric', 'bbox')
+            kind = kinds if isinstance(kinds, str) else kinds[0]
+            found = (f'coco/{kind}_mAP', 100.0) if kind in ('bbox', 'segm') else found
         if found is not None:
             return found
     return None
@@ -233,12 +254,13 @@ def check_data(cfg: Config, parts: tuple[str, ...] = ('train_dataloader', 'val_d
 
 
 def _check_dataset(dataset: Mapping, key: str) -> None:
-    for inner in ('dataset', 'datasets'):
-        wrapped = dataset.get(inner)
-        if wrapped is not None:
-            for i, one in enumerate(wrapped if isinstance(wrapped, (list, tuple)) else [wrapped]):
-                _check_dataset(one, f'{key}.{inner}' + (f'[{i}]' if isinstance(wrapped, (list, tuple)) else ''))
-            return
+    inner = [name for name in ('dataset', 'datasets', 'source', 'target') if dataset.get(name) is not None]
+    for name in inner:
+        wrapped = dataset[name]
+        for i, one in enumerate(wrapped if isinstance(wrapped, (list, tuple)) else [wrapped]):
+            _check_dataset(one, f'{key}.{name}' + (f'[{i}]' if isinstance(wrapped, (list, tuple)) else ''))
+    if inner:
+        return
     root = dataset.get('data_root') or ''
     hint = f'; put the data there, or say where it is with --cfg-options {key}.data_root=FOLDER'
     if root and not osp.isdir(root):

@@ -53,8 +53,8 @@ def model_config(source: str | Mapping, key: str) -> ConfigDict:
         if 'model' not in cfg:
             raise ConfigError(f'{key}: {source} has no model section')
         model = copy.deepcopy(cfg.model)
-        if model.get('type', '').endswith('Distillation') and 'student' in model:
-            # our own config: whoever distilled that student may use it as a teacher
+        if model.get('type', '').endswith(('Distillation', 'MeanTeacherAdaptation')) and 'student' in model:
+            # our own config: whoever trained that student may use it as a teacher
             student = model_config(model['student'], key)
             student.setdefault('_scope_', cfg.get('default_scope', 'mmengine'))
             return student

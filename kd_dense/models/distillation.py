@@ -11,8 +11,11 @@ from mmengine.logging import print_log
 from mmengine.model import BaseModel
 from torch import Tensor, nn
 
+from kd_dense.cache.store import StoredCache
+from kd_dense.cache.teacher import CachedTeacher
 from kd_dense.context import Context
 from kd_dense.distillation import Distillers, uncompiled
+from kd_dense.distillers.base import Distiller
 from kd_dense.errors import ConfigError, closest
 from kd_dense.execution import EXECUTION_KEYS, Execution
 from kd_dense.models.build import build_model, build_teacher
@@ -24,7 +27,7 @@ from kd_dense.taps import Taps
 from kd_dense.teacher import Remap, Teacher
 
 MODEL_KEYS = ('student', 'teacher', 'distillers', 'probe_size', 'seed')
-TEACHER_KEYS = ('config', 'checkpoint', 'allow', 'classes', 'scale', 'trusted', *EXECUTION_KEYS)
+TEACHER_KEYS = ('config', 'checkpoint', 'allow', 'classes', 'scale', 'trusted', 'cache', *EXECUTION_KEYS)
 
 
 @MODELS.register_module()
@@ -49,6 +52,7 @@ class Distillation(BaseModel):
                 lists;
             ``scale``: size of the teacher's input relative to the student's;
             ``trusted``: read the file without restrictions on what it may execute;
+            ``cache``: folder of a teacher cache, which takes the teacher's place, see :mod:`kd_dense.cache`;
             ``fuse``, ``precision``, ``channels_last``, ``compile``, ``tolerance``: how it is run, see
                 :class:`~kd_dense.execution.Execution`.
             A built module, with its weights loaded, may stand in place of the dict.
@@ -83,22 +87,26 @@ class Distillation(BaseModel):
         super().__init__(data_preprocessor=getattr(student, 'data_preprocessor', None))
         self.student = student
         with preserve_random_state():
-            model, meta = build_teacher(
-                teacher['config'], teacher.get('checkpoint'), teacher.get('allow', ()), teacher.get('trusted', False)
-            )
-            self.distillers = Distillers(distillers)
-            # the teacher's dry forward is of what it will see, whatever size it was trained on
             size = probe_canvas(student, probe_size)
-            scaled = tuple(int(n * teacher.get('scale', 1.0)) for n in size)
-            self.distillers.setup(describe(student, size, training=True), describe(model, scaled), seed)
-        remap = Remap(image_normalization(student), image_normalization(model), teacher.get('scale', 1.0))
-        self.teacher = Teacher(
-            model,
-            None if remap.is_identity else remap,
-            Execution.of(teacher),
-            self.distillers.taps('teacher', self.distillers.methods).paths,
-            lambda text: print_log(text, 'current'),
-        )
+            if teacher.get('cache'):
+                self.teacher = CachedTeacher(StoredCache.load(teacher['cache']))
+                described, meta = self.teacher.description(), self.teacher.meta
+            else:
+                allow, trusted = teacher.get('allow', ()), teacher.get('trusted', False)
+                model, meta = build_teacher(teacher['config'], teacher.get('checkpoint'), allow, trusted)
+                # the teacher's dry forward is of what it will see, whatever size it was trained on
+                described = describe(model, tuple(int(n * teacher.get('scale', 1.0)) for n in size))
+            self.distillers = Distillers(distillers)
+            self.distillers.setup(describe(student, size, training=True), described, seed)
+        if not teacher.get('cache'):
+            remap = Remap(image_normalization(student), image_normalization(model), teacher.get('scale', 1.0))
+            self.teacher = Teacher(
+                model,
+                None if remap.is_identity else remap,
+                Execution.of(teacher),
+                self.distillers.taps('teacher', self.distillers.methods).paths,
+                lambda text: print_log(text, 'current'),
+            )
         self.teacher_meta = meta
         self.teacher_classes = teacher.get('classes')
         self.progress: float | None = None
@@ -106,7 +114,10 @@ class Distillation(BaseModel):
         self.gathered_distillation_state: dict[str, Tensor] | None = None  # under FSDP, by its wrapper
         self.iteration = self.epoch = 0
         self._register_load_state_dict_pre_hook(self._plain_to_own)
-        print_log(f'teacher sees {self.teacher.remap or "the same images as the student"}', 'current')
+        if isinstance(self.teacher, CachedTeacher):
+            print_log(str(self.teacher), 'current')
+        else:
+            print_log(f'teacher sees {self.teacher.remap or "the same images as the student"}', 'current')
 
     # -- the student's identity ----------------------------------------------------------------------------------------
 
@@ -193,13 +204,8 @@ class Distillation(BaseModel):
         if not active:
             return self._with_idle(self.student(inputs, data_samples, mode='loss'))
         context = self.context(inputs, data_samples)
-        student_taps, teacher_taps = self.distillers.taps('student', active), self.distillers.taps('teacher', active)
-        teacher_values = self.teacher(
-            teacher_taps,
-            inputs,
-            lambda images: self._run_teacher(images, data_samples, teacher_taps),
-            context.image_sizes,
-        )
+        student_taps = self.distillers.taps('student', active)
+        teacher_values = self._teacher_values(inputs, data_samples, active, context)
         context.image = inputs = self.distillers.view(inputs, context)
         with student_taps.record():
             if self.distillers.calibrates(active):
@@ -216,6 +222,16 @@ class Distillation(BaseModel):
             if idle is not None:
                 losses['kd.idle_loss'] = idle
         return losses
+
+    def _teacher_values(
+        self, inputs: Tensor, data_samples: list, active: Mapping[str, Distiller], context: Context
+    ) -> dict[str, list[Tensor]]:
+        if isinstance(self.teacher, CachedTeacher):
+            return self.teacher(data_samples, self.distillers.tap_names('teacher', active))
+        taps = self.distillers.taps('teacher', active)
+        return self.teacher(
+            taps, inputs, lambda images: self._run_teacher(images, data_samples, taps), context.image_sizes
+        )
 
     def _run_teacher(self, images: Tensor, data_samples: list, taps: Taps) -> None:
         model = self.teacher.model

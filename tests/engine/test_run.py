@@ -11,7 +11,7 @@ from mmengine.runner import Runner
 
 from kd_dense import ConfigError, DistillationError
 from kd_dense.data.scene_drawing import CLASSES
-from kd_dense.engine.run import check_data, evaluate, examples, student_alone, train
+from kd_dense.engine.run import _metric, check_data, evaluate, examples, student_alone, train
 from kd_dense.models.build import build_model
 from kd_dense.registry import LOSSES
 from tests.helpers import tiny
@@ -207,3 +207,19 @@ def test_detection__epoch_based_run_resumes_exactly_and_scores_with_coco(detecti
     assert 100 * metrics['coco/bbox_mAP'] == pytest.approx(record.value, abs=1e-3)
     rows = examples(detection, {'distilled': record.checkpoint, 'teacher': None}, 1)
     assert set(rows[0]) == {'input', 'truth', 'distilled', 'teacher'}
+
+
+@pytest.mark.parametrize(
+    ('evaluator', 'expected'),
+    [
+        (dict(type='CocoMetric'), 'coco/bbox_mAP'),
+        (dict(type='mmdet.CocoMetric', metric=['bbox', 'segm']), 'coco/bbox_mAP'),
+        (dict(type='CocoMetric', metric=['segm', 'bbox']), 'coco/segm_mAP'),
+        ([dict(type='DumpResults'), dict(type='CocoMetric', metric='segm')], 'coco/segm_mAP'),
+        (dict(type='IoUMetric', iou_metrics=['mIoU']), 'mIoU'),
+        (dict(type='DumpResults'), None),
+    ],
+)
+def test_metric__is_the_first_that_the_evaluator_computes(evaluator, expected):
+    found = _metric(Config(dict(val_evaluator=evaluator)))
+    assert (found and found[0]) == expected
