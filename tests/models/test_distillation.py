@@ -369,5 +369,7 @@ def test_a_teacher_without_normalisation__is_given_pixel_values(tmp_path):
     assert torch.allclose(seen, raw, atol=1e-3)
     other_way = Distillation(teacher, dict(config=student, checkpoint=tiny.saved(student, tmp_path / 's.pth')),
                              dict(neck=dict(type='NFD', taps='neck')))  # fmt: skip
-    expected = (raw.flip(1) - torch.tensor(tiny.MEAN)[None, :, None, None]) / torch.tensor(tiny.STD)[None, :, None, None]
+    expected = (raw.flip(1) - torch.tensor(tiny.MEAN)[None, :, None, None]) / torch.tensor(tiny.STD)[
+        None, :, None, None
+    ]
     assert torch.allclose(other_way.teacher.remap(raw), expected, atol=1e-4)
