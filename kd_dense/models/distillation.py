@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from mmengine.logging import print_log
-from mmengine.model import BaseModel
 from torch import Tensor, nn
 
 from kd_dense.cache.store import StoredCache
@@ -21,6 +19,7 @@ from kd_dense.execution import EXECUTION_KEYS, Execution
 from kd_dense.models.build import build_model, build_teacher
 from kd_dense.models.describe import describe, image_normalization, is_segmentor, probe_canvas
 from kd_dense.models.rois import TeacherRoIs
+from kd_dense.models.student_inside import StudentInside
 from kd_dense.random_state import preserve_random_state
 from kd_dense.registry import MODELS
 from kd_dense.taps import Taps
@@ -31,7 +30,7 @@ TEACHER_KEYS = ('config', 'checkpoint', 'allow', 'classes', 'scale', 'trusted', 
 
 
 @MODELS.register_module()
-class Distillation(BaseModel):
+class Distillation(StudentInside):
     """A student that trains with its own loss and those of distillers, next to a frozen teacher.
 
     To its surroundings it is the student: ``state_dict`` gives and takes the student's plain weights, prediction is the
@@ -84,8 +83,7 @@ class Distillation(BaseModel):
         if isinstance(student, Mapping) and data_preprocessor is not None:
             student = {'data_preprocessor': data_preprocessor, **student}
         student = build_model(student, 'student')
-        super().__init__(data_preprocessor=getattr(student, 'data_preprocessor', None))
-        self.student = student
+        super().__init__(student, getattr(student, 'data_preprocessor', None))
         with preserve_random_state():
             size = probe_canvas(student, probe_size)
             if teacher.get('cache'):
@@ -110,53 +108,14 @@ class Distillation(BaseModel):
         self.teacher_meta = meta
         self.teacher_classes = teacher.get('classes')
         self.progress: float | None = None
-        self._own_names = False
         self.gathered_distillation_state: dict[str, Tensor] | None = None  # under FSDP, by its wrapper
         self.iteration = self.epoch = 0
-        self._register_load_state_dict_pre_hook(self._plain_to_own)
         if isinstance(self.teacher, CachedTeacher):
             print_log(str(self.teacher), 'current')
         else:
             print_log(f'teacher sees {self.teacher.remap or "the same images as the student"}', 'current')
 
-    # -- the student's identity ----------------------------------------------------------------------------------------
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            modules = self.__dict__.get('_modules') or {}
-            if name.startswith('__') or 'student' not in modules:
-                raise
-            return getattr(modules['student'], name)
-
-    def state_dict(
-        self, *args: Any, destination: dict | None = None, prefix: str = '', keep_vars: bool = False
-    ) -> dict:
-        """The student's plain state dict: what a checkpoint holds. See :meth:`distillation_state` for the rest."""
-        if args:  # the positional form that torch still accepts
-            destination, prefix, keep_vars = (*args, *(destination, prefix, keep_vars)[len(args) :])
-        if self._own_names:
-            return super().state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
-        return self.student.state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
-
-    @contextmanager
-    def all_under_own_names(self) -> Iterator[None]:
-        """Inside, ``state_dict`` gives what a module of this structure gives: ``student.*`` and ``distillers.*``."""
-        self._own_names = True
-        try:
-            yield
-        finally:
-            self._own_names = False
-
-    def _plain_to_own(self, state_dict: dict, prefix: str, *_: Any) -> None:
-        """Before loading: move the student's plain keys under ``student.``; the rest of this model stays as it is."""
-        for key in [k for k in state_dict if k.startswith(prefix)]:
-            state_dict[f'{prefix}student.{key[len(prefix) :]}'] = state_dict.pop(key)
-        # Connectors and calibrated weights are no part of a plain student; they arrive by load_distillation_state.
-        for name, module in self.named_children():
-            if name != 'student':
-                module.state_dict(destination=state_dict, prefix=f'{prefix}{name}.')
+    # -- what is beside the student ------------------------------------------------------------------------------------
 
     def distillation_state(self) -> dict[str, Tensor]:
         """What a checkpoint has beside the weights: connectors, calibrated loss weights, buffers of the distillers."""
@@ -176,11 +135,6 @@ class Distillation(BaseModel):
             raise ConfigError(
                 f'distillers: the checkpoint was written with other distillers than this config has: {error}'
             ) from error
-
-    def init_weights(self) -> None:
-        """Initialise the student as its own config says; connectors keep their seeded initialisation."""
-        if hasattr(self.student, 'init_weights'):
-            self.student.init_weights()
 
     def _apply(self, fn: Callable, *args: Any, **kwargs: Any) -> Distillation:
         super()._apply(fn, *args, **kwargs)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from mmengine.model import BaseDataPreprocessor, BaseModel
+from mmengine.model import BaseDataPreprocessor
 from torch import Tensor, nn
 
 from kd_dense.adaptation.mean_teacher import MeanTeacher
@@ -18,6 +18,7 @@ from kd_dense.loss_weight import LossWeight
 from kd_dense.losses.adaptation import BEHAVIOURS, CONSISTENCY_WEIGHTS, ssda_terms
 from kd_dense.models.build import build_model
 from kd_dense.models.describe import is_segmentor
+from kd_dense.models.student_inside import StudentInside
 from kd_dense.random_state import preserve_random_state
 from kd_dense.registry import MODELS, check_arguments
 
@@ -34,7 +35,7 @@ MODEL_KEYS = (
 
 
 @MODELS.register_module()
-class MeanTeacherAdaptation(BaseModel):
+class MeanTeacherAdaptation(StudentInside):
     """A segmentor that adapts to a target domain without labels, taught by the moving average of itself.
 
     A batch has views, named by who looks at them (:class:`~kd_dense.adaptation.Views`): ``source``, under its labels;
@@ -91,8 +92,7 @@ class MeanTeacherAdaptation(BaseModel):
             student = {'data_preprocessor': data_preprocessor, **student}
         student = build_model(student, 'student')
         _check_student(student)
-        super().__init__(data_preprocessor=ViewsPreprocessor(student.data_preprocessor))
-        self.student = student
+        super().__init__(student, ViewsPreprocessor(student.data_preprocessor))
         options = {'buffers': 'keep' if behaviour == 'official' else 'average', **(mean_teacher or {})}
         check_arguments(MeanTeacher, options, 'model.mean_teacher', exclude={'student': None})
         with preserve_random_state():
@@ -112,35 +112,6 @@ class MeanTeacherAdaptation(BaseModel):
         self.ignore_index = getattr(student.decode_head, 'ignore_index', 255)
         self.statistics = MapStatistics(student.decode_head.num_classes, self.ignore_index)
         self.progress: float | None = None
-        self._register_load_state_dict_pre_hook(self._plain_to_own)
-
-    # -- the student's identity ----------------------------------------------------------------------------------------
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            modules = self.__dict__.get('_modules') or {}
-            if name.startswith('__') or 'student' not in modules:
-                raise
-            return getattr(modules['student'], name)
-
-    def state_dict(
-        self, *args: Any, destination: dict | None = None, prefix: str = '', keep_vars: bool = False
-    ) -> dict:
-        """The student's plain state dict: what a checkpoint holds."""
-        if args:  # the positional form that torch still accepts
-            destination, prefix, keep_vars = (*args, *(destination, prefix, keep_vars)[len(args) :])
-        return self.student.state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
-
-    def _plain_to_own(self, state_dict: dict, prefix: str, *_: Any) -> None:
-        """Before loading: move the student's plain keys under ``student.``."""
-        for key in [k for k in state_dict if k.startswith(prefix)]:
-            state_dict[f'{prefix}student.{key[len(prefix) :]}'] = state_dict.pop(key)
-
-    def init_weights(self) -> None:
-        """Initialise the student as its own config says."""
-        self.student.init_weights()
 
     def _apply(self, fn: Callable, *args: Any, **kwargs: Any) -> MeanTeacherAdaptation:
         super()._apply(fn, *args, **kwargs)
