@@ -121,7 +121,8 @@ def test_main_region_is_what_mmdets_atss_assigns():
 
     levels, boxes = pyramid(64, 64), random_boxes(6, 64, 64)
     priors = torch.cat([level[:, 0] for level in levels])
-    result = ATSSAssigner(topk=9).assign(
+    # named with its scope: other tests leave that of MMSegmentation as the default
+    result = ATSSAssigner(topk=9, iou_calculator=dict(type='mmdet.BboxOverlaps2D')).assign(
         InstanceData(priors=priors), [len(level) for level in levels],
         InstanceData(bboxes=boxes, labels=torch.zeros(6, dtype=torch.long)),
     )  # fmt: skip
