@@ -6,13 +6,14 @@ import hashlib
 import importlib
 import json
 import os.path as osp
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from kd_dense.data.wrapped import innermost
 from kd_dense.errors import ConfigError
 from kd_dense.models.build import forget_pretrained, model_config
 
@@ -71,7 +72,7 @@ def plain_dataset(cfg: Mapping) -> Mapping:
 def images(dataset: Any) -> str:
     """A hash of the names of the images of a data set, in their order, and of how many objects each is said to have."""
     digest = hashlib.sha256(str(len(dataset)).encode())
-    for one in _innermost(dataset):
+    for one in innermost(dataset):
         root = str(getattr(one, 'data_root', '') or '')
         for i in range(len(one)):
             info = one.get_data_info(i)
@@ -151,12 +152,3 @@ def _without_pipelines(value: Any, found: list) -> Any:
         left = (k for k in value if k not in ('pipeline', 'transforms', *_PLACES))
         return {k: _without_pipelines(value[k], found) for k in left}
     return [_without_pipelines(v, found) for v in value] if isinstance(value, (list, tuple)) else value
-
-
-def _innermost(dataset: Any) -> Iterator[Any]:
-    inner = getattr(dataset, 'datasets', None) or ([dataset.dataset] if hasattr(dataset, 'dataset') else None)
-    if inner is None:
-        yield dataset
-    else:
-        for one in inner:
-            yield from _innermost(one)

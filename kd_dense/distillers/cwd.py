@@ -58,3 +58,10 @@ def positive(value: float, name: str) -> float:
     if not isinstance(value, (int, float)) or not 0 < value < float('inf'):
         raise ConfigError(f'{name} must be a finite number > 0, not {value!r}')
     return float(value)
+
+
+def not_negative(value: float, name: str) -> float:
+    """``value`` if it is a number >= 0, else :class:`ConfigError`."""
+    if not isinstance(value, (int, float)) or not 0 <= value < float('inf'):
+        raise ConfigError(f'{name} must be a finite number >= 0, not {value!r}')
+    return float(value)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from math import isfinite
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +12,7 @@ from kd_dense.connectors import build_connector, joins_levels, match_size
 from kd_dense.context import Context
 from kd_dense.description import Probe, Queries
 from kd_dense.distillers.base import Distiller, TapPair, describe, matched_levels, octaves
-from kd_dense.distillers.cwd import positive
+from kd_dense.distillers.cwd import not_negative, positive
 from kd_dense.errors import ConfigError
 from kd_dense.geometry.matching import assign, pair_costs
 from kd_dense.losses import mse
@@ -89,7 +88,7 @@ class QueryKD(Distiller):
     ) -> None:
         super().__init__()
         self.class_weight, self.l1_weight, self.giou_weight, self.memory_weight, self.negative_weight = (
-            _not_negative(value, name)
+            not_negative(value, name)
             for name, value in (
                 ('class_weight', class_weight),
                 ('l1_weight', l1_weight),
@@ -260,9 +259,3 @@ def _memory_levels(side: str, probe: Probe) -> Probe:
         )
     maps = [torch.Size((memory[0], memory[2], *shape[2:])) for shape in levels]
     return replace(probe, shapes={'memory': maps}, names={'memory': probe.names['memory']})
-
-
-def _not_negative(value: float, name: str) -> float:
-    if not isinstance(value, (int, float)) or not isfinite(value) or value < 0:
-        raise ConfigError(f'{name} must be a finite number >= 0, not {value!r}')
-    return float(value)

@@ -15,6 +15,7 @@ from kd_dense.connectors import as_map, match_size
 from kd_dense.context import Context
 from kd_dense.description import Logits, Probe
 from kd_dense.distillers.base import Distiller, TapConfig, TapPair, describe, octaves, paired_shapes
+from kd_dense.distillers.cwd import not_negative
 from kd_dense.errors import ConfigError
 from kd_dense.geometry.regions import class_tokens, grid_tokens, image_tokens, roi_tokens
 from kd_dense.losses.relation import LEAST, angle_loss, distance_loss
@@ -102,8 +103,7 @@ class RKD(Distiller):
             raise ConfigError("per_image: mode 'image' has one example per image; use another mode or per_image=False")
         weights = {'distance': distance, 'angle': angle}
         for name, weight in weights.items():
-            if not isinstance(weight, (int, float)) or not 0 <= weight < float('inf'):
-                raise ConfigError(f'{name} must be a finite number >= 0, not {weight!r}')
+            not_negative(weight, name)
         if not any(weights.values()):
             raise ConfigError('distance and angle are both 0, so there is nothing to distil; set one of them')
         least = {'max_examples': (max_examples, LEAST), 'grid': (grid, 2), 'num_classes': (num_classes, 1)}

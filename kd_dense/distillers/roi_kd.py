@@ -9,7 +9,7 @@ from kd_dense.connectors import match_size
 from kd_dense.context import Context
 from kd_dense.description import Probe, RoIStage
 from kd_dense.distillers.base import Distiller, TapPair
-from kd_dense.distillers.cwd import positive
+from kd_dense.distillers.cwd import not_negative, positive
 from kd_dense.errors import ConfigError, DistillationError
 from kd_dense.losses.reduction import at_least_fp32
 from kd_dense.losses.roi import (
@@ -89,8 +89,7 @@ class RoIKD(Distiller):
             raise ConfigError(f'box_loss must be one of {list(BOX_LOSSES)}, not {box_loss!r}')
         weights = dict(class_weight=class_weight, box_weight=box_weight, mask_weight=mask_weight)
         for name, value in (weights | dict(background_weight=background_weight, margin=margin)).items():
-            if not isinstance(value, (int, float)) or not 0 <= value < float('inf'):
-                raise ConfigError(f'{name} must be a finite number >= 0, not {value!r}')
+            not_negative(value, name)
         if not any(weights.values()):
             raise ConfigError('class_weight, box_weight and mask_weight are all 0; leave at least one term')
         self.temperature = positive(temperature, 'temperature')

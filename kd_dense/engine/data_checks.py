@@ -11,6 +11,7 @@ import cv2
 from mmengine.dataset import InfiniteSampler
 from torch.utils.data import DataLoader
 
+from kd_dense.data.wrapped import innermost
 from kd_dense.errors import ConfigError
 
 
@@ -43,7 +44,7 @@ def check_loader(loader: DataLoader, part: str) -> DataLoader:
     Raises:
         ConfigError: there are no images, or fewer than a batch where incomplete batches are dropped.
     """
-    for dataset in _innermost(loader.dataset):
+    for dataset in innermost(loader.dataset):
         if len(dataset) == 0:
             raise _empty(part, type(dataset).__name__, _places(vars(dataset)))
         if hasattr(dataset, 'pipeline') and not isinstance(dataset.pipeline, NamesBadFiles):
@@ -69,16 +70,6 @@ def _empty(part: str, kind: str, places: list[str | None]) -> ConfigError:
 def _places(settings: Mapping) -> list[str | None]:
     prefixes = settings.get('data_prefix') or {}
     return [v for v in prefixes.values() if isinstance(v, str)] + [settings.get('ann_file')]
-
-
-def _innermost(dataset: Any) -> Iterator[Any]:
-    """The data sets that a wrapper (repeated, concatenated, class-balanced, ...) is made of."""
-    inner = getattr(dataset, 'datasets', None) or ([dataset.dataset] if hasattr(dataset, 'dataset') else None)
-    if inner is None:
-        yield dataset
-    else:
-        for one in inner:
-            yield from _innermost(one)
 
 
 class NamesBadFiles:
