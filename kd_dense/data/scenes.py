@@ -33,12 +33,12 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
+from kd_dense.data.coco_file import annotation_of, write_coco
 from kd_dense.data.files import link_or_copy, write_atomically
 from kd_dense.data.scene_drawing import CLASSES, SPLITS, draw_scene
-from kd_dense.data.scene_labels import VOID, VisibleObject, box_of, label_scene, outline_of, yolo_row
+from kd_dense.data.scene_labels import VOID, label_scene, outline_of, yolo_row
 
 LAYOUTS = ('cityscapes', 'coco', 'yolo')
 MANIFEST = 'scenes.json'
@@ -197,7 +197,9 @@ def _write_dataset(root: Path, options: dict, workers: int, progress: bool) -> N
             bar.update()
     if 'coco' in layouts:
         for split in SPLITS:
-            _write_coco(root / 'annotations' / f'instances_{split}.json', records[split])
+            categories = {number: name for number, name in enumerate(CLASSES) if number > 0}
+            info = {'description': 'synthetic scenes', 'version': str(VERSION)}
+            write_coco(root / 'annotations' / f'instances_{split}.json', records[split], categories, info)
 
 
 @contextmanager
@@ -238,37 +240,12 @@ def _write_scene(
         rows = [yolo_row(item.class_id - 1, outline_of(item.mask), size) for item in objects]
         (root / 'labels' / split / f'{name}.txt').write_text(''.join(row + '\n' for row in rows), encoding='utf-8')
     image = {'file_name': f'{name}.png', 'height': size[0], 'width': size[1]}
-    return image, [_coco_annotation(item) for item in objects] if 'coco' in layouts else []
+    return image, [annotation_of(item.mask, item.class_id) for item in objects] if 'coco' in layouts else []
 
 
 def _write_png(path: Path, image: np.ndarray, options: tuple[int, int]) -> None:
     if not cv2.imwrite(str(path), image, options):
         raise OSError(f'could not write {path}: check the free space and the permissions')
-
-
-def _coco_annotation(item: VisibleObject) -> dict:
-    """Box, area and run-length mask of the visible pixels."""
-    mask = coco_mask.encode(np.asfortranarray(item.mask, np.uint8))
-    return {
-        'category_id': item.class_id,
-        'bbox': list(box_of(item.mask)),
-        'area': int(item.mask.sum()),
-        'iscrowd': 0,
-        'segmentation': {'size': list(mask['size']), 'counts': mask['counts'].decode()},
-    }
-
-
-def _write_coco(path: Path, records: list[tuple[dict, list[dict]]]) -> None:
-    """Write a COCO file; ids start at 1, because pycocotools takes a match with annotation 0 for no match."""
-    images = [dict(id=number, **image) for number, (image, _) in enumerate(records, start=1)]
-    pairs = [(image['id'], item) for image, (_, items) in zip(images, records, strict=True) for item in items]
-    content = {
-        'info': {'description': 'synthetic scenes', 'version': str(VERSION)},
-        'images': images,
-        'annotations': [dict(id=n, image_id=image_id, **item) for n, (image_id, item) in enumerate(pairs, start=1)],
-        'categories': [{'id': n, 'name': name} for n, name in enumerate(CLASSES) if n > 0],
-    }
-    path.write_text(json.dumps(content), encoding='utf-8')
 
 
 def _write_data_yaml(root: Path) -> None:
