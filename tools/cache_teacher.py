@@ -4,6 +4,8 @@
     python tools/cache_teacher.py CONFIG
     python tools/cache_teacher.py CONFIG --views 8 --top-k 5
 
+For a pre-training (docs/pretraining.md) the teacher is a classifier, of which the 100 largest probabilities are kept.
+
 Then train without the teacher in memory: teacher=dict(..., cache='FOLDER') in the config. The command goes on where an
 earlier one ended, and writes anew what was damaged. See docs/cache.md.
 """
@@ -31,11 +33,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add('--cache', metavar='FOLDER', help='where to (default: teacher.cache of the config, or work_dirs/NAME/cache)')
     add('--views', type=int, default=default.views, metavar='V', help='augmented versions of each image (default: 4)')
     add('--seed', type=int, default=default.seed, help='of the views (default: 0)')
-    add('--top-k', type=int, metavar='K', help='keep K classes of the class logits at each position (default: all)')
+    add('--top-k', type=int, metavar='K', help='keep K classes at each position (default: all; of a classifier 100)')
+    add('--store', choices=('fp16', 'int8'), default=default.store, help='how all else is kept (default: fp16)')
     add('--max-gb', type=float, default=default.max_bytes / 1e9, metavar='GB', help='largest size (default: 100)')
     add('--shard-mb', type=float, default=256, metavar='MB', help='size of a file (default: 256)')
-    add('--batch-size', type=int, help="images at once (default: train_dataloader's)")
-    add('--workers', type=int, help="processes for the pipeline (default: train_dataloader's)")
+    add('--batch-size', type=int, help="images at once (default: the training's)")
+    add('--workers', type=int, help="processes for the pipeline (default: the training's)")
     add('--cfg-options', nargs='+', action=DictAction, help='override config entries: key.inner=value ...')
     return parser.parse_args(argv)
 
@@ -44,17 +47,17 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     cfg = load_config(args.config, args.cfg_options)
-    loader = cfg.get('train_dataloader') or {}
     name = osp.splitext(osp.basename(args.config))[0]
     folder = args.cache or cache_of(cfg) or osp.join('work_dirs', name, 'cache')
     options = WriteOptions(
         views=args.views,
         seed=args.seed,
         top_k=args.top_k,
+        store=args.store,
         max_bytes=int(args.max_gb * 1e9),
         shard_bytes=int(args.shard_mb * 1e6),
-        batch_size=args.batch_size or loader.get('batch_size') or WriteOptions.batch_size,
-        workers=loader.get('num_workers', 0) if args.workers is None else args.workers,
+        batch_size=args.batch_size,
+        workers=args.workers,
     )
     manifest = write_cache(cfg, folder, options)
     size = sum(manifest.shard_bytes) / 1e9

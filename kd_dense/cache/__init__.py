@@ -1,7 +1,8 @@
 """Teacher cache: run the teacher once over a bank of augmented views, then train students without it.
 
 ``tools/cache_teacher.py CONFIG`` writes a cache (:mod:`kd_dense.cache.write`), ``teacher=dict(..., cache='FOLDER')`` in
-a config of MMSegmentation or MMDetection reads it. The distillers notice nothing: they are given the same tensors.
+the config reads it. The distillers notice nothing: they are given the same tensors. What is particular to Ultralytics
+is in :mod:`kd_dense.yolo.views`.
 
 The idea is that of Wu et al., "TinyViT: Fast Pretraining Distillation for Small Vision Transformers", ECCV 2022: keep
 the seed of an augmentation beside the teacher's output, and make the same pixels of it again. The paper keeps the

@@ -10,18 +10,18 @@ from mmengine.config import Config
 
 from kd_dense.cache import fingerprint
 from kd_dense.cache.store import StoredCache
-from kd_dense.cache.teacher import FIELD, as_field
 from kd_dense.cache.views import ViewBank
 from kd_dense.errors import ConfigError
 from kd_dense.registry import DATASETS
 
 
-@DATASETS.register_module()
-class CachedTeacherDataset(ViewBank):
+class WithOutputs:
     """The views of a cache and, with each, the teacher's outputs. They are read where the view is made, by the workers.
 
+    Mixed into a bank of views.
+
     Args:
-        dataset: config of the data set from which the cache was written, or the data set.
+        dataset: the data set from which the cache was written, as the bank takes it.
         cache: folder of the cache; it says how many views there are and from which seed.
         outputs: bring the teacher's outputs along; without them a student trains alone on the same views.
 
@@ -34,15 +34,19 @@ class CachedTeacherDataset(ViewBank):
         manifest = self.cache.manifest
         super().__init__(dataset, manifest.views, manifest.seed)
         self.outputs = outputs
-        found = {'images': fingerprint.images(self.dataset)}
-        fingerprint.check(manifest.fingerprint, found, self.cache.folder)
+        fingerprint.check(manifest.fingerprint, {'images': self.images()}, self.cache.folder, self.key)
 
     def __getitem__(self, item: int) -> dict:
         sample = super().__getitem__(item)
         if self.outputs:
             view, index = divmod(int(item), len(self))
-            sample['data_samples'].set_field(as_field(self.cache.read(index, view).tensors), FIELD)
+            self.attach(sample, self.cache.read(index, view).tensors)
         return sample
+
+
+@DATASETS.register_module()
+class CachedTeacherDataset(WithOutputs, ViewBank):
+    """For MMEngine: ``dataset`` is a config, or the data set itself."""
 
 
 def use_cache(cfg: Config, outputs: bool = True) -> Config:
@@ -72,6 +76,6 @@ def use_cache(cfg: Config, outputs: bool = True) -> Config:
 
 
 def cache_of(cfg: Mapping) -> str | None:
-    """The folder of the cache that a config of MMEngine names under ``model.teacher``; ``None`` when it names none."""
-    teacher = (cfg.get('model') or {}).get('teacher')
+    """The folder of the cache that a config names in ``model.teacher`` (YOLO: ``teacher``); ``None``: it names none."""
+    teacher = (cfg.get('model') or cfg).get('teacher')
     return (teacher.get('cache') or None) if isinstance(teacher, Mapping) else None

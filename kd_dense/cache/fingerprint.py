@@ -17,19 +17,19 @@ from kd_dense.data.wrapped import innermost
 from kd_dense.errors import ConfigError
 from kd_dense.models.build import forget_pretrained, model_config
 
-#: Packages by which the pixels of a view, or the outputs of a teacher, can change.
-_PACKAGES = ('kd_dense', 'torch', 'numpy', 'cv2', 'mmengine', 'mmcv')
+#: Packages by which the pixels of a view, or the outputs of a teacher, can change, in all toolboxes.
+PACKAGES = ('kd_dense', 'torch', 'numpy', 'cv2')
 #: Settings of a data set that say where it lies and how it is read, not what is in it.
 _PLACES = ('data_root', 'backend_args', 'file_client_args', 'lazy_init', 'serialize_data')
 _AGAIN = 'write the cache again, into another folder'
 
-#: Part -> why a cache that was written with another one can not be used.
+#: Part -> why a cache that was written with another one can not be used; ``{data}`` is the key of the data set.
 _SENTENCES = {
     'teacher': 'teacher.config: the teacher, or its scale, is not the one that wrote the cache',
     'checkpoint': 'teacher.checkpoint: the file has other contents than the one that wrote the cache',
-    'data': 'train_dataloader.dataset: its settings are not those with which the cache was written',
-    'pipeline': 'train_dataloader.dataset: its pipeline is not the one with which the cache was written',
-    'images': 'train_dataloader.dataset: it has other images, or in another order, than when the cache was written',
+    'data': '{data}: its settings are not those with which the cache was written',
+    'pipeline': '{data}: its pipeline is not the one with which the cache was written',
+    'images': '{data}: it has other images, or in another order, than when the cache was written',
     'preprocessing': "student.data_preprocessor: the student's images are not prepared as when the cache was written",
 }
 
@@ -43,22 +43,26 @@ def fingerprint(cfg: Mapping) -> dict[str, Any]:
     Returns:
         Part -> hash, and ``versions``: package -> version. ``checkpoint`` is ``None`` when the file is not there.
     """
-    options, dataset = cfg['model']['teacher'], plain_dataset(cfg)
-    pipelines: list = []
-    rest = _without_pipelines(dataset, pipelines)
+    options = cfg['model']['teacher']
     student = cfg['model']['student']
     preprocessor = cfg['model'].get('data_preprocessor') or cfg.get('data_preprocessor')
     if not isinstance(student, nn.Module):
         preprocessor = model_config(student, 'student').get('data_preprocessor') or preprocessor
     scope = str(cfg.get('default_scope', ''))
     return {
-        'teacher': _hash([_model(options['config']), options.get('scale', 1.0), list(options.get('allow', ()))]),
-        'checkpoint': _file(options.get('checkpoint')),
-        'data': _hash(rest),
-        'pipeline': _hash(pipelines),
-        'preprocessing': _hash(preprocessor),
-        'versions': versions(*(s for s in (scope,) if s in ('mmseg', 'mmdet'))),
+        'teacher': hash_of([model_of(options['config']), options.get('scale', 1.0), list(options.get('allow', ()))]),
+        'checkpoint': file_hash(options.get('checkpoint')),
+        **of_dataset(cfg),
+        'preprocessing': hash_of(preprocessor),
+        'versions': versions(*PACKAGES, 'mmengine', 'mmcv', *(s for s in (scope,) if s in ('mmseg', 'mmdet'))),
     }
+
+
+def of_dataset(cfg: Mapping) -> dict[str, str]:
+    """``data`` and ``pipeline``: of the settings of the training data set, and of its pipelines."""
+    pipelines: list = []
+    rest = _without_pipelines(plain_dataset(cfg), pipelines)
+    return {'data': hash_of(rest), 'pipeline': hash_of(pipelines)}
 
 
 def plain_dataset(cfg: Mapping) -> Mapping:
@@ -84,20 +88,22 @@ def images(dataset: Any) -> str:
 
 def versions(*packages: str) -> dict[str, str]:
     """Package -> version, without what a build adds to it (``+cpu``)."""
-    names = (*_PACKAGES, *packages)
-    return {n: str(importlib.import_module(n).__version__).partition('+')[0] for n in names}
+    return {n: str(importlib.import_module(n).__version__).partition('+')[0] for n in packages}
 
 
-def check(written: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:
+def check(written: Mapping[str, Any], now: Mapping[str, Any], folder: Path, data: str) -> None:
     """Is everything in ``now`` as it was when the cache in ``folder`` was written?
+
+    Args:
+        data: config key of the data set, named in errors.
 
     Raises:
         ConfigError: one sentence about the first part that is not.
     """
     for part, sentence in _SENTENCES.items():
         # without the teacher's file nothing can be said about it
-        if part in now and now[part] != written[part] and not (part == 'checkpoint' and now[part] is None):
-            raise ConfigError(f'{sentence} in {folder}; put it back, or {_AGAIN}')
+        if part in now and now[part] != written.get(part) and not (part == 'checkpoint' and now[part] is None):
+            raise ConfigError(f'{sentence.format(data=data)} in {folder}; put it back, or {_AGAIN}')
     for name, version in now.get('versions', {}).items():
         if written['versions'].get(name) != version:
             raise ConfigError(
@@ -117,7 +123,8 @@ def local_file(checkpoint: Any) -> str | None:
     return path if osp.isfile(path) else None
 
 
-def _file(checkpoint: Any) -> str | None:
+def file_hash(checkpoint: Any) -> str | None:
+    """SHA-256 of the teacher's file; ``None`` when it is not there."""
     path = local_file(checkpoint)
     if path is None:
         return None
@@ -128,13 +135,15 @@ def _file(checkpoint: Any) -> str | None:
     return digest.hexdigest()
 
 
-def _model(source: Any) -> Any:
+def model_of(source: Any) -> Any:
+    """The model of a config of MMEngine, without where its first weights came from."""
     cfg = model_config(source, 'teacher.config')
     forget_pretrained(cfg)
     return cfg
 
 
-def _hash(value: Any) -> str:
+def hash_of(value: Any) -> str:
+    """SHA-256 of plain data."""
     return hashlib.sha256(json.dumps(_plain(value), sort_keys=True, default=str).encode()).hexdigest()
 
 

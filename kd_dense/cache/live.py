@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -19,41 +20,43 @@ from kd_dense.models.distillation import Distillation
 _SWITCHES = ('PipelineSwitchHook', 'YOLOXModeSwitchHook')
 
 
-class LiveOutputs:
-    """Runs the teacher of a :class:`~kd_dense.Distillation` on samples of its training set.
+class LiveOutputs(ABC):
+    """Runs a teacher on samples of its training set.
 
     Each image is put on a canvas as if it were the only one of its batch: which others it meets in training is not
     known. Where all are cropped to one size, that makes no difference.
 
     Args:
-        model: with its teacher at hand.
+        names: of the teacher's taps.
 
     Raises:
-        ConfigError: outputs that can not be kept, or a data preprocessor that mixes images or draws.
+        ConfigError: taps that can not be kept.
     """
 
-    def __init__(self, model: Distillation) -> None:
-        self.model = model
-        self.names = model.distillers.tap_names('teacher')
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = list(names)
         for name in self.names:
             if name.split(':')[0] in ROI_TAPS:
                 raise ConfigError(
                     f'distillers: the tap {name!r} of the teacher can not be cached: its RoI head has to look at the '
                     'regions of the student; train with the live teacher, without teacher.cache'
                 )
-        if getattr(model.data_preprocessor, 'batch_augments', None):
-            raise ConfigError(
-                'student.data_preprocessor.batch_augments: changes whole batches at random, which a cache can not '
-                'replay; remove it, or train without teacher.cache'
-            )
+
+    @abstractmethod
+    def prepared(self, sample: dict) -> dict:
+        """The sample as the model gets it, alone: ``inputs`` ``[1, C, H, W]``, and what else is needed to run it."""
+
+    @abstractmethod
+    def run(self, group: Sequence[dict]) -> dict[str, list[Tensor]]:
+        """Tap name -> tensors of the batch of what :meth:`prepared` returned, on equal canvases."""
 
     def __call__(self, samples: Sequence[dict]) -> list[dict[str, list[Tensor]]]:
         """For each sample: tap name -> tensors without the batch dimension."""
-        alone = [self.model.data_preprocessor(pseudo_collate([sample]), True) for sample in samples]
         outputs = []
+        alone = map(self.prepared, samples)
         for _, group in itertools.groupby(alone, key=lambda data: data['inputs'].shape):
             group = list(group)
-            values = self._run(group)
+            values = self.run(group)
             outputs += [{n: [x[i] for x in tensors] for n, tensors in values.items()} for i in range(len(group))]
         return outputs
 
@@ -63,8 +66,8 @@ class LiveOutputs:
         Raises:
             ConfigError: the first tap of which that is not so.
         """
-        data = self.model.data_preprocessor(pseudo_collate([sample]), True)
-        one, two = self._run([data]), self._run([data, data])
+        data = self.prepared(sample)
+        one, two = self.run([data]), self.run([data, data])
         for name in self.names:
             pairs = zip(one[name], two[name], strict=True)
             if any(b.shape != (2, *a.shape[1:]) or a.shape[0] != 1 or difference(a[0], b[1]) > 0.01 for a, b in pairs):
@@ -73,7 +76,32 @@ class LiveOutputs:
                     'entry for each image; tap another place, or train without teacher.cache'
                 )
 
-    def _run(self, group: Sequence[dict]) -> dict[str, list[Tensor]]:
+
+class DistillationOutputs(LiveOutputs):
+    """Of the teacher of a :class:`~kd_dense.Distillation`.
+
+    Args:
+        model: with its teacher at hand.
+
+    Raises:
+        ConfigError: outputs that can not be kept, or a data preprocessor that mixes images or draws.
+    """
+
+    def __init__(self, model: Distillation) -> None:
+        super().__init__(model.distillers.tap_names('teacher'))
+        self.model = model
+        if getattr(model.data_preprocessor, 'batch_augments', None):
+            raise ConfigError(
+                'student.data_preprocessor.batch_augments: changes whole batches at random, which a cache can not '
+                'replay; remove it, or train without teacher.cache'
+            )
+
+    def prepared(self, sample: dict) -> dict:
+        """By the student's data preprocessor."""
+        return self.model.data_preprocessor(pseudo_collate([sample]), True)
+
+    def run(self, group: Sequence[dict]) -> dict[str, list[Tensor]]:
+        """As the training step does."""
         model = self.model
         inputs = torch.cat([data['inputs'] for data in group])
         samples = [data['data_samples'][0] for data in group]
@@ -90,9 +118,9 @@ def difference(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).norm() / expected.norm().clamp(min=1e-12))
 
 
-def crc_of_image(sample: dict) -> int:
-    """CRC-32 of the image that a pipeline returned."""
-    return zlib.crc32(np.ascontiguousarray(sample['inputs'].numpy()).view(np.uint8))
+def crc_of_image(image: Tensor) -> int:
+    """CRC-32 of an image that a pipeline returned."""
+    return zlib.crc32(np.ascontiguousarray(image.numpy()).view(np.uint8))
 
 
 def check_hooks(cfg: Mapping) -> None:

@@ -23,17 +23,17 @@ def to_top_k(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     Transformers", ECCV 2022, here at each position of a map.
 
     Args:
-        logits: ``[C, h, w]``.
+        logits: ``[C, h, w]``; ``[C]`` of a classifier.
 
     Returns:
-        Probabilities ``[k, h, w]`` in fp16, falling, and their classes ``[k, h, w]``, uint8 (int16 above 256 classes).
+        Probabilities ``[k, ...]`` in fp16, falling, and their classes ``[k, ...]``, uint8 (int16 above 256 classes).
     """
     probabilities, classes = logits.float().softmax(0).topk(k, 0)
     return probabilities.half(), classes.to(torch.uint8 if logits.shape[0] <= 256 else torch.int16)
 
 
 def from_top_k(probabilities: Tensor, classes: Tensor, num_classes: int) -> Tensor:
-    """Log-probabilities ``[B, C, h, w]``, fp32, of what :func:`to_top_k` kept, ``[B, k, h, w]`` each.
+    """Log-probabilities ``[B, C, ...]``, fp32, of what :func:`to_top_k` kept, ``[B, k, ...]`` each.
 
     The probability that is missing is spread evenly over the classes that were not kept:
     ``m = (1 - sum_k p_k) / (C - k)``. fp16 can round the sum above 1; so ``m`` has a floor of 1e-8, and the whole is
@@ -41,17 +41,44 @@ def from_top_k(probabilities: Tensor, classes: Tensor, num_classes: int) -> Tens
     """
     kept = probabilities.float()
     k = kept.shape[1]
-    tail = ((1 - kept.sum(1, keepdim=True)) / (num_classes - k)).clamp(min=_FLOOR)
-    full = tail.expand(-1, num_classes, -1, -1).scatter(1, classes.long(), kept.clamp(min=_FLOOR))
+    tail = ((1 - kept.sum(1, keepdim=True)) / max(num_classes - k, 1)).clamp(min=_FLOOR)
+    full = tail.expand(-1, num_classes, *tail.shape[2:]).scatter(1, classes.long(), kept.clamp(min=_FLOOR))
     return (full / full.sum(1, keepdim=True)).log()
 
 
-def pack(outputs: Mapping[str, Sequence[Tensor]], top_k: Mapping[str, int]) -> dict[str, Tensor]:
+def to_int8(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """256 levels for each channel, evenly from its smallest to its largest number.
+
+    ``q = round((x - low) / step)`` with ``step = (high - low) / 255``. Not symmetric around zero: behind a ReLU, and in
+    class logits of rare objects, half of the levels would stay empty. Nothing is cut off; where single numbers are far
+    from all others, the others get few levels. The choice is ours.
+
+    Args:
+        tensor: a map ``[C, h, w]``, or tokens ``[..., C]``.
+
+    Returns:
+        ``q`` in uint8, in the shape of ``tensor``; ``low`` and ``step``, fp32, ``[2, C, 1, 1]`` or ``[2, 1, ..., C]``.
+    """
+    x = tensor.float()
+    positions = (1, 2) if x.dim() == 3 else tuple(range(x.dim() - 1))
+    low, high = x.amin(positions, keepdim=True), x.amax(positions, keepdim=True)
+    step = (high - low) / 255
+    levels = ((x - low) / step.clamp(min=torch.finfo(step.dtype).tiny)).round_()
+    return levels.to(torch.uint8), torch.stack([low, step])
+
+
+def from_int8(levels: Tensor, scale: Tensor) -> Tensor:
+    """``low + q * step``, fp32, of what :func:`to_int8` returned."""
+    return torch.addcmul(scale[0], levels, scale[1])
+
+
+def pack(outputs: Mapping[str, Sequence[Tensor]], top_k: Mapping[str, int], store: str = 'fp16') -> dict[str, Tensor]:
     """Tensors to keep of one sample, on the CPU.
 
     Args:
         outputs: tap name -> tensors without the batch dimension.
         top_k: taps of class logits of which only so many classes are kept.
+        store: ``'fp16'`` or ``'int8'``: how the others are kept. What has one number for each channel stays in fp16.
 
     Raises:
         DistillationError: a number that is not finite, or that fp16 can not hold.
@@ -72,6 +99,8 @@ def pack(outputs: Mapping[str, Sequence[Tensor]], top_k: Mapping[str, int]) -> d
             if name in top_k:
                 parts = to_top_k(tensor, top_k[name])
                 packed[f'{key}_p'], packed[f'{key}_c'] = (part.cpu().contiguous() for part in parts)
+            elif store == 'int8' and tensor.dim() > 1:
+                packed[key], packed[f'{key}_s'] = (part.cpu().contiguous() for part in to_int8(tensor))
             else:
                 packed[key] = tensor.half().cpu().contiguous()
     return packed
@@ -97,6 +126,8 @@ def unpack(
             if name in top_k:
                 kept, classes = (_batch([s[f'{key}_{part}'] for s in samples], name) for part in 'pc')
                 outputs[name].append(from_top_k(kept, classes, top_k[name][1]))
+            elif f'{key}_s' in samples[0]:
+                outputs[name].append(_batch([from_int8(s[key], s[f'{key}_s']) for s in samples], name))
             else:
                 batch = _batch([s[key] for s in samples], name)
                 outputs[name].append(batch.float() if batch.is_floating_point() else batch)

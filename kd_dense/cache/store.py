@@ -3,6 +3,9 @@
 A cache is a folder with ``cache.json`` and ``shard-NNNNN.safetensors``. Record ``view * samples + index`` is that view
 of that sample; each shard holds as many consecutive records, and in its header, for each, the seed of the view and the
 CRC-32 of the augmented image and of what is kept.
+
+Records of a few hundred bytes, which would be smaller than what a header says about them, are rows of as many tensors
+as one record has (``Manifest.rows``); the seeds and checksums are one more, ``checks``.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors
 import safetensors.torch
 import torch
@@ -29,6 +33,9 @@ FORMAT = 1
 MANIFEST = 'cache.json'
 #: Key of the one entry of a shard's own header.
 _ENTRY = 'kd_dense'
+#: In a shard of rows: seed and checksums of each record, ``[n, 3]``, 32 bits each (int32, to be read as unsigned).
+_CHECKS = 'checks'
+CHECK_BYTES = 12
 _REPAIR = 'run tools/cache_teacher.py CONFIG again, which writes only what is missing or broken'
 
 
@@ -46,6 +53,8 @@ class Manifest:
         teacher: what distillers are told about the teacher, see :mod:`kd_dense.cache.teacher`.
         complete: are all shards there?
         shard_bytes: size of each shard of a complete cache.
+        store: how all else is kept, ``'fp16'`` or ``'int8'``; see :func:`kd_dense.cache.records.pack`.
+        rows: are the tensors of a record rows of those of a shard? They have the same shapes in all records.
         format: see :data:`FORMAT`.
     """
 
@@ -59,6 +68,8 @@ class Manifest:
     teacher: dict[str, Any]
     complete: bool = False
     shard_bytes: tuple[int, ...] = ()
+    store: str = 'fp16'
+    rows: bool = False
     format: int = FORMAT
 
     @property
@@ -80,6 +91,10 @@ class Manifest:
     def identity(self) -> str:
         """What all shards of one cache have in common; those of another one in the same folder do not count."""
         settings = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ('complete', 'shard_bytes')}
+        if not self.rows:  # as before there were any
+            del settings['rows']
+        if self.store == 'fp16':  # as before there was a choice
+            del settings['store']
         return f'{zlib.crc32(json.dumps(settings, sort_keys=True).encode()):08x}'
 
     def save(self, folder: Path) -> None:
@@ -182,11 +197,15 @@ class StoredCache:
         try:
             if shard not in self._open:
                 file = safetensors.safe_open(str(path), 'pt')
-                self._open[shard] = file, _header(file.metadata(), file.keys())
+                header = None if self.manifest.rows else _header(file.metadata(), file.keys())
+                self._open[shard] = file, header
             file, header = self._open[shard]
-            keys, (seed, image, checksum) = header[record]
-            # copied: what is mapped would be handed between processes with the whole file
-            tensors = {key: file.get_tensor(f'{record}.{key}').clone() for key in keys}
+            if header is None:
+                tensors, (seed, image, checksum) = _row(file, record - self.manifest.records_of(shard).start)
+            else:
+                keys, (seed, image, checksum) = header[record]
+                # copied: what is mapped would be handed between processes with the whole file
+                tensors = {key: file.get_tensor(f'{record}.{key}').clone() for key in keys}
         except (safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
             raise ConfigError(f'teacher.cache: {path} can not be read ({_short(error)}); {_REPAIR}') from None
         if crc_of(tensors) != checksum:
@@ -217,10 +236,18 @@ def write_shard(folder: Path, manifest: Manifest, shard: int, records: Mapping[i
     Args:
         records: record number -> what to keep of it.
     """
-    tensors = {f'{n}.{key}': tensor for n, record in records.items() for key, tensor in record.tensors.items()}
     checks = {n: [r.seed, r.image, crc_of(r.tensors)] for n, r in records.items()}
+    entry = {'cache': manifest.identity}
+    if manifest.rows:
+        ordered = [records[n].tensors for n in manifest.records_of(shard)]
+        tensors = {key: torch.stack([one[key] for one in ordered]) for key in ordered[0]}
+        numbers = np.array([checks[n] for n in manifest.records_of(shard)], np.uint32)
+        tensors[_CHECKS] = torch.from_numpy(numbers.view(np.int32))
+    else:
+        tensors = {f'{n}.{key}': tensor for n, record in records.items() for key, tensor in record.tensors.items()}
+        entry['records'] = checks
     # one entry: safetensors puts several in any order, and equal caches should be equal files
-    metadata = {_ENTRY: json.dumps({'cache': manifest.identity, 'records': checks})}
+    metadata = {_ENTRY: json.dumps(entry)}
     data = safetensors.torch.save(tensors, metadata)
     with atomic_write(shard_path(folder, shard)) as file:
         file.write(data)
@@ -248,6 +275,12 @@ def _header(metadata: Mapping[str, str], names: list[str]) -> dict[int, tuple[li
         record, _, key = name.partition('.')
         found[int(record)][0].append(key)
     return found
+
+
+def _row(file: Any, row: int) -> tuple[dict[str, Tensor], list[int]]:
+    """Tensors of a record; seed and checksums."""
+    tensors = {key: file.get_slice(key)[row] for key in file.keys()}  # noqa: SIM118  (no dict)
+    return tensors, tensors.pop(_CHECKS).numpy().view(np.uint32).tolist()
 
 
 def _short(error: Exception) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -63,8 +63,18 @@ class CachedTeacher:
                 'train_dataloader: its samples bring nothing of teacher.cache along; train with tools/train.py, or '
                 'give the config to kd_dense.cache.use_cache before the runner gets it'
             )
+        return self.outputs([dict(element.items()) for element in found], names)
+
+    @torch.compiler.disable
+    def outputs(self, records: Sequence[Mapping[str, Tensor]], names: Iterable[str]) -> dict[str, list[Tensor]]:
+        """Tap name -> tensors of a batch.
+
+        Args:
+            records: what the cache keeps of each image, on the model's device.
+            names: of the taps.
+        """
         manifest, wanted = self.cache.manifest, set(names)
-        outputs = unpack([dict(element.items()) for element in found], manifest.taps, manifest.top_k)
+        outputs = unpack(records, manifest.taps, manifest.top_k)
         return {name: tensors for name, tensors in outputs.items() if name in wanted}
 
     def follow(self, function: Callable[[Tensor], Tensor]) -> None:

@@ -10,8 +10,8 @@ from mmengine.logging import print_log
 from torch.utils.data import DataLoader
 
 from kd_dense.cache import fingerprint
-from kd_dense.cache.dataset import CachedTeacherDataset
-from kd_dense.cache.live import LiveOutputs, check_hooks, crc_of_image, difference
+from kd_dense.cache.dataset import CachedTeacherDataset, WithOutputs
+from kd_dense.cache.live import DistillationOutputs, LiveOutputs, check_hooks, crc_of_image, difference
 from kd_dense.cache.records import pack, unpack
 from kd_dense.cache.store import StoredCache
 from kd_dense.cache.views import ViewSampler
@@ -22,6 +22,7 @@ from kd_dense.random_state import preserve_random_state
 #: Largest accepted distance of cached and live outputs, as a share of their length: room for another device, or a
 #: teacher in reduced precision. On the same device they are equal up to the last digit of fp16.
 TOLERANCE = 0.02
+NOT_COMPARED = 'teacher.checkpoint is not there, so its outputs are not compared with those of the cache'
 
 
 def verify(cfg: Mapping, model: Distillation, loader: DataLoader, count: int = 4) -> Distillation | None:
@@ -53,40 +54,61 @@ def verify(cfg: Mapping, model: Distillation, loader: DataLoader, count: int = 4
         )
     check_hooks(cfg)
     cache = model.teacher.cache
-    fingerprint.check(cache.manifest.fingerprint, fingerprint.fingerprint(cfg), cache.folder)
-    numbers = random.Random(0).sample(range(cache.manifest.records), min(count, cache.manifest.records))
-    views = [divmod(number, cache.manifest.samples) for number in numbers]
-    samples = [dataset.replay(index, view) for view, index in views]
-    for sample, (view, index) in zip(samples, views, strict=True):
-        if crc_of_image(sample) != cache.read(index, view).image:
-            raise ConfigError(
-                f'train_dataloader.dataset: view {view} of image {index} does not come out as when {cache.folder} was '
-                'written, because the image or a library changed; put it back, or write the cache again'
-            )
+    fingerprint.check(cache.manifest.fingerprint, fingerprint.fingerprint(cfg), cache.folder, dataset.key)
+    samples = replayed_alike(dataset, count)
     options = check_teacher(cfg['model']['teacher'])
     if fingerprint.local_file(options.get('checkpoint')) is None:
-        print_log('teacher.checkpoint is not there, so its outputs are not compared with those of the cache', 'current')
+        print_log(NOT_COMPARED, 'current')
         return None
     with preserve_random_state():
         live = Distillation(model.student, dict(options, cache=None), cfg['model']['distillers'])
     live.to(next(model.student.parameters()).device)
-    worst = _compare(live, samples, cache, views)
-    print_log(f'cached and live outputs of the teacher differ by at most {worst:.2g} of their length', 'current')
+    print_log(compared(DistillationOutputs(live), samples, cache), 'current')
     return live
 
 
-def _compare(live: Distillation, samples: list[dict], cache: StoredCache, views: list[tuple[int, int]]) -> float:
+def replayed_alike(bank: WithOutputs, count: int = 4) -> dict[tuple[int, int], dict]:
+    """``(view, index)`` -> sample, for a few views of a cache.
+
+    Args:
+        bank: of the views, with its cache.
+
+    Raises:
+        ConfigError: the first image that does not come out as it did.
+    """
+    cache = bank.cache
+    numbers = random.Random(0).sample(range(cache.manifest.records), min(count, cache.manifest.records))
+    samples = {}
+    for view, index in (divmod(number, cache.manifest.samples) for number in numbers):
+        samples[view, index] = bank.replay(index, view)
+        if crc_of_image(bank.image(samples[view, index])) != cache.read(index, view).image:
+            raise ConfigError(
+                f'{bank.key}: view {view} of image {index} does not come out as when {cache.folder} was '
+                'written, because the image or a library changed; put it back, or write the cache again'
+            )
+    return samples
+
+
+def compared(teacher: LiveOutputs, samples: Mapping[tuple[int, int], dict], cache: StoredCache) -> str:
+    """A sentence about how far the outputs of the live teacher are from those that were kept.
+
+    Args:
+        samples: see :func:`replayed_alike`.
+
+    Raises:
+        ConfigError: further than :data:`TOLERANCE`.
+    """
     manifest = cache.manifest
     keep = {name: k for name, (k, _) in manifest.top_k.items()}
-    teacher = LiveOutputs(live)
     worst = 0.0
     with torch.no_grad():
-        for sample, (view, index) in zip(samples, views, strict=True):
+        for (view, index), sample in samples.items():
             outputs = teacher([sample])[0]
             # a config with fewer distillers may read a cache of more taps
             cached = unpack([cache.read(index, view).tensors], manifest.taps, manifest.top_k)
             taps = {name: len(tensors) for name, tensors in outputs.items()}
-            now = unpack([pack(outputs, keep)], taps, {n: k for n, k in manifest.top_k.items() if n in taps})
+            top_k = {n: k for n, k in manifest.top_k.items() if n in taps}
+            now = unpack([pack(outputs, keep, manifest.store)], taps, top_k)
             for name, tensors in now.items():
                 found = max(difference(a, b) for a, b in zip(cached[name], tensors, strict=True))
                 if not found <= TOLERANCE:
@@ -95,4 +117,4 @@ def _compare(live: Distillation, samples: list[dict], cache: StoredCache, views:
                         f'{view} of image {index}, and {TOLERANCE:.0%} are accepted; write the cache again'
                     )
                 worst = max(worst, found)
-    return worst
+    return f'cached and live outputs of the teacher differ by at most {worst:.2g} of their length'

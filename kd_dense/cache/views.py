@@ -12,8 +12,11 @@ import torch
 from mmengine.dist import get_dist_info
 from mmengine.registry import DATA_SAMPLERS as MMENGINE_DATA_SAMPLERS
 from mmengine.registry import DATASETS as MMENGINE_DATASETS
+from torch import Tensor
 from torch.utils.data import Sampler
 
+from kd_dense.cache import fingerprint
+from kd_dense.cache.teacher import FIELD, as_field
 from kd_dense.errors import ConfigError
 from kd_dense.registry import DATA_SAMPLERS, DATASETS
 
@@ -58,6 +61,9 @@ class ViewBank:
         seed: of all views.
     """
 
+    #: Where a config says what the samples are; for errors.
+    key = 'train_dataloader.dataset'
+
     def __init__(self, dataset: Mapping | Any, views: int, seed: int = 0) -> None:
         if not isinstance(views, int) or views < 1:
             raise ConfigError(f'views: must be a whole number of at least 1, not {views!r}')
@@ -78,6 +84,21 @@ class ViewBank:
         with replayed(view_seed(self.seed, index, view)):
             return self.dataset[index]
 
+    def image(self, sample: dict) -> Tensor:
+        """The image of a sample as the pipeline returned it."""
+        return sample['inputs']
+
+    def images(self) -> str:
+        """A hash of the names of the images, in their order, and of how many objects each is said to have."""
+        return fingerprint.images(self.dataset)
+
+    def attach(self, sample: dict, tensors: Mapping[str, Tensor]) -> None:
+        """Put what is kept of the teacher's outputs for a sample where the model finds it."""
+        if 'data_samples' in sample:
+            sample['data_samples'].set_field(as_field(tensors), FIELD)
+        else:  # an image alone: no toolbox is told anything about it
+            sample[FIELD] = dict(tensors)
+
     def get_data_info(self, item: int) -> dict:
         """Of the sample, whichever view is meant: what samplers that group by aspect ratio ask for."""
         return self.dataset.get_data_info(int(item) % len(self))
@@ -97,13 +118,15 @@ class ViewSampler(Sampler):
     again, goes on with the right ones.
 
     Args:
-        sampler: config of the sampler; it draws as it would without views.
+        sampler: config of the sampler, or the sampler; it draws as it would without views.
         dataset: a :class:`ViewBank`.
         seed: of the sampler.
     """
 
-    def __init__(self, sampler: Mapping, dataset: ViewBank, seed: int | None = None) -> None:
-        self.sampler = MMENGINE_DATA_SAMPLERS.build(dict(sampler), default_args=dict(dataset=dataset, seed=seed))
+    def __init__(self, sampler: Mapping | Sampler, dataset: ViewBank, seed: int | None = None) -> None:
+        if isinstance(sampler, Mapping):
+            sampler = MMENGINE_DATA_SAMPLERS.build(dict(sampler), default_args=dict(dataset=dataset, seed=seed))
+        self.sampler = sampler
         self.dataset = dataset
         self._drawn = 0
 
@@ -118,6 +141,10 @@ class ViewSampler(Sampler):
 
     def __len__(self) -> int:
         return len(self.sampler)
+
+    def begin(self, passes: int) -> None:
+        """Go on as if so many passes had been drawn: for a resumed run that does not draw them again."""
+        self._drawn = passes * len(self.sampler)
 
     def set_epoch(self, epoch: int) -> None:
         """Hand the number of the epoch on."""

@@ -4,30 +4,30 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from mmengine.config import Config
-from mmengine.device import get_device
 from mmengine.logging import print_log
-from mmengine.registry import init_default_scope
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from kd_dense import checkpoint as checkpoints
 from kd_dense.cache import fingerprint
-from kd_dense.cache.live import LiveOutputs, check_hooks, crc_of_image
-from kd_dense.cache.records import pack
-from kd_dense.cache.store import MANIFEST, Manifest, Record, StoredCache, shard_path, write_shard
+from kd_dense.cache.live import crc_of_image, difference
+from kd_dense.cache.records import pack, unpack
+from kd_dense.cache.source import MMEngineSource, Source
+from kd_dense.cache.store import CHECK_BYTES, MANIFEST, Manifest, Record, StoredCache, shard_path, write_shard
 from kd_dense.cache.teacher import write_description
+from kd_dense.cache.verify import TOLERANCE
 from kd_dense.cache.views import ViewBank, view_seed
 from kd_dense.description import Logits
-from kd_dense.engine.run import _toolbox, check_data, is_distillation, is_yolo
+from kd_dense.engine.run import is_pretraining, is_yolo
 from kd_dense.errors import ConfigError, DistillationError, Interrupted
 from kd_dense.failures import _NO_ROOM, as_sentences
-from kd_dense.models.distillation import MODEL_KEYS, Distillation, check_teacher
 from kd_dense.run_lock import locked
 from kd_dense.stopping import name_of, requested, stop_signals
 
@@ -43,20 +43,22 @@ class WriteOptions:
         views: augmented versions of each sample.
         seed: of the views.
         top_k: keep so many classes of the class logits at every position; ``None``: keep all.
+        store: how all else is kept: ``'fp16'``, or ``'int8'`` for half the size.
         max_bytes: the cache may not become larger.
         shard_bytes: about the size of one file: what is lost at most when the writer is killed.
-        batch_size: images that the teacher sees at once.
-        workers: processes that run the pipeline.
+        batch_size: images that the teacher sees at once; ``None``: as many as the training's batch.
+        workers: processes that run the pipeline; ``None``: as many as in the training.
         progress: show a bar.
     """
 
     views: int = 4
     seed: int = 0
     top_k: int | None = None
+    store: str = 'fp16'
     max_bytes: int = 100 * 10**9
     shard_bytes: int = 1 << 28
-    batch_size: int = 8
-    workers: int = 0
+    batch_size: int | None = None
+    workers: int | None = None
     progress: bool = True
 
 
@@ -70,42 +72,57 @@ def write_cache(cfg: Config, folder: str, options: WriteOptions = WriteOptions()
         DistillationError: the disk became full, or an output is not finite; the shards that are there are complete.
         Interrupted: by SIGINT or SIGTERM; likewise.
     """
-    if is_yolo(cfg):
-        raise ConfigError(
-            'teacher.cache: a cache can be written for MMSegmentation and MMDetection only; the mosaics of Ultralytics '
-            'depend on which images were loaded before, so its views can not be replayed'
-        )
-    if not is_distillation(cfg):
-        raise ConfigError(f'model: {cfg.filename or "the config"} has no model of type kd_dense.Distillation')
-    check_hooks(cfg)
-    check_data(cfg, ('train_dataloader',))
     path = Path(folder).expanduser()
-    path.mkdir(parents=True, exist_ok=True)
-    with _owned(path), stop_signals(), as_sentences(path):
-        checkpoints.remove_leftovers(path)
-        return _Writer(cfg, path, options).run()
+    with closing(_source(cfg, options)) as source:
+        path.mkdir(parents=True, exist_ok=True)
+        with _owned(path), stop_signals(), as_sentences(path):
+            checkpoints.remove_leftovers(path)
+            return _writer(cfg)(source, path, options).run()
 
 
-class _Writer:
+def _source(cfg: Config, options: WriteOptions) -> Source:
+    if is_yolo(cfg):
+        from kd_dense.yolo.cache import YoloSource  # needs Ultralytics
+
+        return YoloSource(cfg, options.views, options.seed)
+    if is_pretraining(cfg):
+        from kd_dense.pretraining.source import ClassifierSource  # needs this package
+
+        return ClassifierSource(cfg, options.views, options.seed)
+    return MMEngineSource(cfg, options.views, options.seed)
+
+
+def _writer(cfg: Config) -> type[Writer]:
+    if is_pretraining(cfg):
+        from kd_dense.pretraining.write import LabelWriter  # needs this module
+
+        return LabelWriter
+    return Writer
+
+
+class Writer:
     """One run of :func:`write_cache`, in a folder that it owns."""
 
-    def __init__(self, cfg: Config, folder: Path, options: WriteOptions) -> None:
-        self.folder, self.options = folder, options
-        scope = _toolbox(cfg)
-        init_default_scope(scope or 'mmengine')
-        self.bank = ViewBank(fingerprint.plain_dataset(cfg), options.views, options.seed)
+    #: Most records of a shard; see ``Manifest.rows``.
+    shard_records = sys.maxsize
+    rows = False
+
+    def __init__(self, source: Source, folder: Path, options: WriteOptions) -> None:
+        self.folder, self.options, self.bank = folder, options, source.bank
+        self.batch_size = options.batch_size or source.batch_size
+        self.workers = source.workers if options.workers is None else options.workers
         if len(self.bank) == 0:
-            raise ConfigError('train_dataloader.dataset: has no images')
-        there = self._earlier(cfg)
-        self.model = _distillation(cfg, scope).to(get_device())
-        self.live = LiveOutputs(self.model)
+            raise ConfigError(f'{self.bank.key}: has no images')
+        found = source.fingerprint()
+        there = self._earlier(found)
+        self.distillers, self.live, classes = source.build()
         self.top_k = self._kept_classes()
         self.records = _Records(self.bank)
         self.records.check()
         self.live.check(self.bank.replay(0, 0))
-        self.bytes, self.manifest = self._plan(cfg)
+        self.bytes, self.manifest = self._plan(found, classes)
         if there is not None:
-            self._check_equal(there, taps=self.manifest.taps, top_k=self.manifest.top_k)
+            self._check_equal(there, **{name: getattr(self.manifest, name) for name in ('taps', 'top_k', 'store')})
             self.manifest = replace(there, complete=False, shard_bytes=())
 
     # -- planning ------------------------------------------------------------------------------------------------------
@@ -116,13 +133,13 @@ class _Writer:
         if k is None:
             return {}
         names = [n for n in self.live.names if n.split(':')[0] in ('logits', 'branch_logits')]
-        logits = self.model.distillers.description('teacher').logits
+        logits = self.distillers.description('teacher').logits
         if not names or not isinstance(logits, Logits) or (logits.activation, logits.layout) != ('softmax', 'map'):
             raise ConfigError(
                 "--top-k: needs a distiller that taps 'logits' of a teacher with a softmax over the classes of each "
                 'position; leave it out'
             )
-        for owner, method in self.model.distillers.methods.items():
+        for owner, method in self.distillers.methods.items():
             taps = [tap for pair in method.taps.values() for tap in pair.teacher]
             if not method.softmax_only and set(taps) & set(names):
                 raise ConfigError(
@@ -133,38 +150,65 @@ class _Writer:
             raise ConfigError(f'--top-k: must be from 1 to {logits.num_classes - 1}, fewer than all classes, not {k}')
         return dict.fromkeys(names, (k, logits.num_classes))
 
-    def _plan(self, cfg: Config) -> tuple[float, Manifest]:
+    def _plan(self, found: dict, classes: Iterable[str] | None) -> tuple[float, Manifest]:
         """Bytes of a record, and the manifest."""
         total = len(self.bank) * self.bank.views
         numbers = sorted({i * total // min(8, total) for i in range(min(8, total))})  # spread over images and views
         packed = [self._pack([self.records[n]])[n].tensors for n in numbers]
+        if self.options.store != 'fp16':
+            self._check_digits([self.records[n][2] for n in numbers])
         size = sum(t.numel() * t.element_size() for tensors in packed for t in tensors.values()) / len(packed)
-        values, canvas = self.model.distillers.dry_forward('teacher')
-        shapes = {name: [t.shape for t in tensors] for name, tensors in values.items()}
+        size += CHECK_BYTES * self.rows
+        taps, teacher = self._about_teacher(classes)
         manifest = Manifest(
             samples=len(self.bank),
             views=self.bank.views,
             seed=self.bank.seed,
-            shard_records=max(1, min(total, int(self.options.shard_bytes / size))),
-            taps={name: len(shapes[name]) for name in self.live.names},
+            shard_records=max(1, min(total, self.shard_records, int(self.options.shard_bytes / size))),
+            taps=taps,
             top_k={name: list(kept) for name, kept in self.top_k.items()},
-            fingerprint={**fingerprint.fingerprint(cfg), 'images': fingerprint.images(self.bank.dataset)},
-            teacher=write_description(
-                self.model.distillers.description('teacher'),
-                (self.model.teacher_meta.get('dataset_meta') or {}).get('classes'),
-                shapes,
-                canvas,
-            ),
+            fingerprint=found,
+            teacher=teacher,
+            store=self.options.store,
+            rows=self.rows,
         )
         return size, manifest
 
-    def _earlier(self, cfg: Config) -> Manifest | None:
+    def _check_digits(self, samples: Sequence[dict]) -> None:
+        """What is lost in 8 bits, of each tap.
+
+        Raises:
+            ConfigError: more than is accepted of a cache.
+        """
+        worst = dict.fromkeys((n for n in self.live.names if n not in self.top_k), 0.0)
+        for sample in samples:
+            (output,) = self.live([sample])
+            for name in worst:
+                outputs = {name: output[name]}
+                back = unpack([pack(outputs, {}, self.options.store)], {name: len(output[name])}, {})[name]
+                found = (difference(a[0], b.cpu()) for a, b in zip(back, output[name], strict=True))
+                worst[name] = max(worst[name], *found)
+        for name, found in worst.items():
+            print_log(f'--store {self.options.store} changes {name} by {found:.2%} of its length', 'current')
+            if not found <= TOLERANCE:
+                raise ConfigError(
+                    f'--store {self.options.store}: changes the outputs of the teacher at {name!r} by {found:.1%} of '
+                    f'their length, and {TOLERANCE:.0%} are accepted; leave it out, which keeps them in fp16'
+                )
+
+    def _about_teacher(self, classes: Iterable[str] | None) -> tuple[dict[str, int], dict[str, Any]]:
+        """Tap name -> number of its tensors; and what distillers are told about the teacher."""
+        values, canvas = self.distillers.dry_forward('teacher')
+        shapes = {name: [t.shape for t in tensors] for name, tensors in values.items()}
+        teacher = write_description(self.distillers.description('teacher'), classes, shapes, canvas)
+        return {name: len(shapes[name]) for name in self.live.names}, teacher
+
+    def _earlier(self, found: dict) -> Manifest | None:
         """That of the cache in the folder, if there is one; found out before the teacher is built."""
         if not (self.folder / MANIFEST).is_file():
             return None
         there = Manifest.load(self.folder)
-        now = {**fingerprint.fingerprint(cfg), 'images': fingerprint.images(self.bank.dataset)}
-        fingerprint.check(there.fingerprint, now, self.folder)
+        fingerprint.check(there.fingerprint, found, self.folder, self.bank.key)
         self._check_equal(there, samples=len(self.bank), views=self.bank.views, seed=self.bank.seed)
         return there
 
@@ -187,7 +231,7 @@ class _Writer:
             f'{free / 1e9:.3g} GB are free',
             'current',
         )
-        remedy = 'choose fewer --views, smaller taps, or --top-k for class logits'
+        remedy = 'choose fewer --views, smaller taps, --store int8, or --top-k for class logits'
         if whole > self.options.max_bytes:
             raise ConfigError(
                 f'teacher.cache: would take {whole / 1e9:.3g} GB and {self.options.max_bytes / 1e9:.3g} GB are '
@@ -237,13 +281,13 @@ class _Writer:
         return [shard for shard in range(self.manifest.shards) if shard not in good]
 
     def _write(self, missing: list[int]) -> None:
-        manifest, size = self.manifest, self.options.batch_size
+        manifest, size = self.manifest, self.batch_size
         batches = [
             list(records[i : i + size])
             for records in map(manifest.records_of, missing)
             for i in range(0, len(records), size)
         ]
-        loader = DataLoader(self.records, batch_sampler=batches, num_workers=self.options.workers, collate_fn=_as_it_is)
+        loader = DataLoader(self.records, batch_sampler=batches, num_workers=self.workers, collate_fn=_as_it_is)
         left, written = list(missing), {}
         done = manifest.records - sum(map(len, batches))
         with tqdm(
@@ -270,7 +314,9 @@ class _Writer:
         packed = {}
         for (number, image, _), output in zip(batch, outputs, strict=True):
             view, index = divmod(number, len(self.bank))
-            packed[number] = Record(view_seed(self.bank.seed, index, view), image, pack(output, keep))
+            packed[number] = Record(
+                view_seed(self.bank.seed, index, view), image, pack(output, keep, self.options.store)
+            )
         return packed
 
     def _state(self) -> str:
@@ -295,7 +341,7 @@ class _Records(Dataset):
     def __getitem__(self, number: int) -> tuple[int, int, dict]:
         view, index = divmod(number, len(self.bank))
         sample = self.bank.replay(index, view)
-        return number, crc_of_image(sample), sample
+        return number, crc_of_image(self.bank.image(sample)), sample
 
     def check(self) -> None:
         """Do views come out alike when they are replayed, in another order and with others in between?
@@ -308,7 +354,7 @@ class _Records(Dataset):
         for number in reversed(range(count)):
             if self[number][1] != first[number]:
                 raise ConfigError(
-                    'train_dataloader.dataset.pipeline: gives another image when it is run again from the same random '
+                    f'{self.bank.key}: its pipeline gives another image when it is run again from the same random '
                     'state, so its views can not be replayed; leave out what keeps images or draws from a generator of '
                     'its own (CachedMosaic, Albu, ...), or train without teacher.cache'
                 )
@@ -316,16 +362,6 @@ class _Records(Dataset):
 
 def _as_it_is(batch: list) -> list:
     return batch
-
-
-def _distillation(cfg: Config, scope: str) -> Distillation:
-    """The model of a config, with the live teacher."""
-    settings = {key: cfg.model[key] for key in MODEL_KEYS if key in cfg.model}
-    preprocessor = cfg.model.get('data_preprocessor') or cfg.get('data_preprocessor')
-    if isinstance(settings['student'], dict):
-        settings['student'] = {'_scope_': scope, **settings['student']}
-    settings['teacher'] = dict(check_teacher(settings['teacher']), cache=None)
-    return Distillation(**settings, data_preprocessor=preprocessor)
 
 
 @contextmanager

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,8 @@ from kd_dense.analysis.benchmark.bench import Bench, Facts, Options, Work
 from kd_dense.analysis.doctor.toolbox import LoadedTeacher
 from kd_dense.analysis.doctor.watch import at_full_strength
 from kd_dense.analysis.doctor.weights import about_weights
+from kd_dense.cache.of_batch import read_batch, write_batch
+from kd_dense.cache.teacher import FIELD, as_field
 from kd_dense.engine.amp import set_precision
 from kd_dense.engine.doctor import MMToolbox
 from kd_dense.errors import ConfigError
@@ -41,7 +45,7 @@ class MMBench(Bench):
         ConfigError: it is no distillation config.
     """
 
-    rivals = ('student', 'mmrazor-style')
+    rivals = ('student', 'mmrazor-style', 'cached')
 
     def __init__(self, cfg: Config, options: Options) -> None:
         self.options = options
@@ -99,11 +103,6 @@ class MMBench(Bench):
         model = toolbox.model
         wrapper = self._optimizer(model)
 
-        def after(loss: Tensor) -> None:
-            wrapper.update_params(loss)
-            model.distillers.verify_gradients()  # in the first step; ends the watch over the connectors
-            model.distillers.after_step(0.0)
-
         def teacher() -> None:
             with wrapper.optim_context(model):
                 toolbox.teacher_step(self.batch)
@@ -111,16 +110,42 @@ class MMBench(Bench):
         works = {
             'student': student_alone,
             'teacher': Work(teacher),
-            'step': self._training(model, wrapper, after),
+            'step': self._distilling(model, wrapper),
         }
-        with at_full_strength(joined):
+        with ExitStack() as stack:
+            stack.enter_context(at_full_strength(joined))
             if 'mmrazor-style' in against:
                 rival = MMRazorStyle(toolbox.student, toolbox.teacher, distillers, self._teacher_options())
-                rival.to(self.device).train()
-                with at_full_strength(rival.distillers):
-                    yield works | {'mmrazor-style': self._training(rival, self._optimizer(rival))}
-            else:
-                yield works
+                stack.enter_context(at_full_strength(rival.to(self.device).train().distillers))
+                works['mmrazor-style'] = self._training(rival, self._optimizer(rival))
+            if 'cached' in against:
+                folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix='kd_dense-benchmark-')))
+                cached = self._cached(model, distillers, folder)
+                stack.enter_context(at_full_strength(cached.distillers))
+                works['cached'] = self._reading(self._distilling(cached, self._optimizer(cached)), cached)
+            yield works
+
+    def _cached(self, model: Distillation, distillers: Mapping[str, Mapping], folder: Path) -> Distillation:
+        """The same student, with a cache of what the teacher gives for the batch in its place."""
+        inputs, samples = self.batch['inputs'], self.batch['data_samples']
+        context = model.context(inputs, samples)
+        values = model._teacher_values(inputs, samples, model.distillers.methods, context)
+        write_batch(folder, model.distillers, values, len(samples))
+        options = dict(self._teacher_options(), config=self.cfg.model.teacher['config'], cache=str(folder))
+        rival = Distillation(self.toolbox.student, options, distillers).to(self.device).train()
+        rival.progress = 0.0
+        return rival
+
+    def _reading(self, work: Work, model: Distillation) -> Work:
+        """Before the forward, what belongs to the images is read."""
+
+        def forward() -> Tensor:
+            records = read_batch(model.teacher.cache, self.device)
+            for sample, record in zip(self.batch['data_samples'], records, strict=True):
+                sample.set_field(as_field(record), FIELD)
+            return work.forward()
+
+        return replace(work, forward=forward)
 
     def _teacher_options(self) -> dict:
         return {k: v for k, v in check_teacher(self.cfg.model.teacher).items() if k in ('classes', 'scale')}
@@ -131,6 +156,16 @@ class MMBench(Bench):
         for group in wrapper.optimizer.param_groups:
             group['lr'] = 0.0
         return wrapper
+
+    def _distilling(self, model: Distillation, wrapper: OptimWrapper) -> Work:
+        """:meth:`_training`, and what the hook does after a step."""
+
+        def update(loss: Tensor) -> None:
+            wrapper.update_params(loss)
+            model.distillers.verify_gradients()  # in the first step; ends the watch over the connectors
+            model.distillers.after_step(0.0)
+
+        return self._training(model, wrapper, update)
 
     def _training(
         self, model: nn.Module, wrapper: OptimWrapper, update: Callable[[Tensor], None] | None = None

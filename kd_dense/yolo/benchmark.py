@@ -5,8 +5,9 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,16 @@ from kd_dense.analysis.benchmark.bench import Bench, Facts, Options, Work
 from kd_dense.analysis.doctor.toolbox import LoadedTeacher
 from kd_dense.analysis.doctor.watch import at_full_strength
 from kd_dense.analysis.doctor.weights import about_weights
+from kd_dense.cache.of_batch import read_batch, write_batch
+from kd_dense.cache.store import StoredCache
+from kd_dense.cache.teacher import FIELD, CachedTeacher
 from kd_dense.errors import ConfigError
 from kd_dense.models.build import build_model
 from kd_dense.teacher import freeze
 from kd_dense.yolo import mmdet_teacher
 from kd_dense.yolo.config import load, read
 from kd_dense.yolo.doctor import YoloToolbox
+from kd_dense.yolo.model import DistillationModel
 
 #: Training arguments that would change the batch from step to step, or ask for more than a step.
 FIXED = {
@@ -53,7 +58,7 @@ class YoloBench(Bench):
         options: see :class:`~kd_dense.analysis.benchmark.bench.Options`.
     """
 
-    rivals = ('student', 'native')
+    rivals = ('student', 'native', 'cached')
 
     def __init__(self, config: str | Path | Config | Mapping, options: Options) -> None:
         source = load(config)
@@ -120,10 +125,6 @@ class YoloBench(Bench):
         if nothing is not None:
             raise ConfigError(nothing)
 
-        def after() -> None:
-            joined.verify_gradients()  # in the first step; ends the watch over the connectors
-            joined.after_step(0.0)
-
         def teacher() -> None:
             with toolbox.precision():
                 toolbox.teacher_step(self.batch)
@@ -131,12 +132,35 @@ class YoloBench(Bench):
         works = {
             'student': student_alone,
             'teacher': Work(teacher),
-            'step': self._training(toolbox.model, after),
+            'step': self._distilling(toolbox.model),
         }
         if native is not None:
             works['native'] = self._training(native)
-        with at_full_strength(joined):
+        with ExitStack() as stack:
+            stack.enter_context(at_full_strength(joined))
+            if 'cached' in against:
+                folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix='kd_dense-benchmark-')))
+                cached = self._cached(folder)
+                stack.enter_context(at_full_strength(cached.distillers))
+                works['cached'] = self._reading(self._distilling(cached), StoredCache.load(folder))
             yield works
+
+    def _cached(self, folder: Path) -> DistillationModel:
+        """The same student, with a cache of what the teacher gives for the batch in its place."""
+        model, images = self.toolbox.model, self.batch['img']
+        values = model.teacher_outputs(images, model.distillers.methods)
+        write_batch(folder, model.distillers, values, len(images))
+        distillers = self.toolbox.settings.build_distillers()
+        return DistillationModel(self.toolbox.student, CachedTeacher(StoredCache.load(folder)), distillers).train()
+
+    def _reading(self, work: Work, cache: StoredCache) -> Work:
+        """Before the forward, what belongs to the images is read."""
+
+        def forward() -> Tensor:
+            self.batch[FIELD] = read_batch(cache, self.device)
+            return work.forward()
+
+        return replace(work, forward=forward)
 
     def _native(self) -> nn.Module:
         """Ultralytics' own distillation of the same student by the same teacher, on copies."""
@@ -145,6 +169,15 @@ class YoloBench(Bench):
         # its trainer converts the student to channels-last before there is a teacher
         teacher = teacher.to(memory_format=torch.contiguous_format)
         return UltralyticsDistillationModel(teacher, student).train()
+
+    def _distilling(self, model: DistillationModel) -> Work:
+        """:meth:`_training`, and what our trainer does after a step."""
+
+        def after() -> None:
+            model.distillers.verify_gradients()  # in the first step; ends the watch over the connectors
+            model.distillers.after_step(0.0)
+
+        return self._training(model, after)
 
     def _training(self, model: nn.Module, after: Callable[[], None] = lambda: None) -> Work:
         """Forward, backward, clipping, optimizer and moving average, by the trainer's own methods."""

@@ -59,6 +59,7 @@ def test_ratio_is_taken_within_each_repetition():
     assert found.against('student').median == pytest.approx(11 / 8)
     assert row(native=RIVAL).against('native').median == pytest.approx(0.5)
     assert found.against('native') is None
+    assert found.cached is None and row(cached=RIVAL).cached.median == pytest.approx(2.625)  # 22/8, 42/16, 36/24
 
 
 # -- measuring ---------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from kd_dense import DistillationError
-from kd_dense.cache.records import from_top_k, pack, to_top_k, unpack
+from kd_dense.cache.records import from_int8, from_top_k, pack, to_int8, to_top_k, unpack
 from kd_dense.losses import class_kl
 
 
@@ -78,3 +78,39 @@ def test_tokens_of_other_canvases__one_sentence():
 def test_numbers_that_fp16_can_not_hold__one_sentence(value):
     with pytest.raises(DistillationError, match="its output at 'neck' reaches .* fp16 can not hold"):
         pack({'neck': [torch.tensor([1.0, value])]}, {})
+
+
+def test_int8__worked_numbers():
+    levels, scale = to_int8(torch.tensor([[[0.0, 1.0, 2.55]], [[-3.0, -3.0, -3.0]]]))
+    assert levels.dtype == torch.uint8 and levels.tolist() == [[[0, 100, 255]], [[0, 0, 0]]]
+    assert scale.shape == (2, 2, 1, 1) and torch.allclose(scale[:, 0].flatten(), torch.tensor([0.0, 0.01]))
+    assert torch.allclose(from_int8(levels, scale), torch.tensor([[[0.0, 1.0, 2.55]], [[-3.0, -3.0, -3.0]]]))
+
+
+@pytest.mark.parametrize('shape, channel', [((5, 9, 11), 0), ((40, 5), 1)], ids=['map', 'tokens'])
+def test_int8__is_off_by_half_a_step_of_its_channel(shape, channel):
+    widths = torch.logspace(-3, 3, 5)
+    x = torch.randn(shape).exp() * (widths[:, None, None] if channel == 0 else widths)
+    found = from_int8(*to_int8(x))
+    by_channel = x.movedim(channel, 0).flatten(1).double()
+    step = (by_channel.amax(1) - by_channel.amin(1)) / 255
+    error = (found.movedim(channel, 0).flatten(1).double() - by_channel).abs().amax(1)
+    assert (error <= step * 0.5001).all() and (error > step * 0.3).all()
+
+
+def test_int8__half_of_the_bytes_and_zeros_where_a_batch_is_padded():
+    tall, wide = torch.rand(3, 60, 20) + 1, torch.rand(3, 40, 50) + 1
+    packed = [pack({'neck': [x], 'pooled': [x.mean((1, 2))]}, {}, 'int8') for x in (tall, wide)]
+    assert {key: t.dtype for key, t in packed[0].items()} == {
+        't0_0': torch.uint8,
+        't0_0_s': torch.float32,
+        't1_0': torch.float16,
+    }
+    (batch,) = unpack(packed, {'neck': 1, 'pooled': 1}, {})['neck']
+    assert torch.allclose(batch[0, :, :, :20], tall, atol=1 / 400) and not batch[0, :, :, 20:].any()
+    assert torch.allclose(batch[1, :, :40], wide, atol=1 / 400) and not batch[1, :, 40:].any()
+
+
+def test_int8__refuses_what_fp16_would():
+    with pytest.raises(DistillationError, match="its output at 'neck' reaches nan"):
+        pack({'neck': [torch.full((2, 3, 3), float('nan'))]}, {}, 'int8')

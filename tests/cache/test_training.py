@@ -17,6 +17,7 @@ from mmengine.runner import Runner
 
 from kd_dense import ConfigError, Distillation
 from kd_dense.cache import CachedTeacherDataset, fingerprint, use_cache
+from kd_dense.cache.store import StoredCache
 from kd_dense.cache.verify import verify
 from kd_dense.cache.write import write_cache
 from kd_dense.engine.run import train
@@ -122,6 +123,33 @@ def test_fewer_distillers__read_the_same_cache(cached):
     assert list(model.teacher(data['data_samples'], model.distillers.tap_names('teacher'))) == ['backbone:3']
 
 
+def test_int8__is_smaller_and_trains_alike(config, cached, tmp_path):
+    manifest = write_cache(config, str(tmp_path / 'cache'), replace(OPTIONS, store='int8'))
+    fp16 = StoredCache.load(cached.model.teacher.cache).manifest
+    assert manifest.store == 'int8' and sum(manifest.shard_bytes) < sum(fp16.shard_bytes)
+    _, model, loader = start(with_cache(config, tmp_path / 'cache'))
+    _, other, _ = start(cached)
+    data = model.data_preprocessor(next(iter(loader)), True)
+    names = model.distillers.tap_names('teacher')
+    samples = [loader.dataset.cache.read(0, 0).tensors]
+    exact = [other.teacher.cache.read(0, 0).tensors]
+    found, expected = model.teacher.outputs(samples, names), other.teacher.outputs(exact, names)
+    for name in names:
+        off = (found[name][0] - expected[name][0]).norm() / expected[name][0].norm()
+        assert 1e-4 < off < 0.01, name
+    model.progress = 0.0
+    assert all(value.isfinite().all() for key, value in model(**data, mode='loss').items() if 'kd' in key)
+    with pytest.raises(ConfigError, match=r'other settings \(store: int8, not fp16\)'):
+        write_cache(config, str(tmp_path / 'cache'), OPTIONS)
+
+
+def test_int8__where_it_changes_too_much__one_sentence(config, tmp_path, monkeypatch):
+    monkeypatch.setattr('kd_dense.cache.write.TOLERANCE', 1e-4)
+    with pytest.raises(ConfigError, match=r"--store int8: changes the outputs of the teacher at '.*' by .*%.* in fp16"):
+        write_cache(config, str(tmp_path / 'cache'), replace(OPTIONS, store='int8'))
+    assert not (tmp_path / 'cache' / 'cache.json').exists()
+
+
 def test_top_k__is_close_and_smaller(config, cached, tmp_path):
     cfg = copy.deepcopy(config)
     del cfg.model.distillers.mimic
@@ -222,7 +250,7 @@ def test_wrong_teacher__one_sentence(cached, tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match=r'teacher\.checkpoint: the file has other contents .* write the cache again'):
         start(cfg)
     # should the hash ever miss it, the outputs do not
-    monkeypatch.setattr(fingerprint, '_file', lambda checkpoint: None)
+    monkeypatch.setattr(fingerprint, 'file_hash', lambda checkpoint: None)
     with pytest.raises(ConfigError, match=r"at the tap '.*' cached and live outputs differ by .*%"):
         start(cfg)
 

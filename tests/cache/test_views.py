@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from mmengine.dataset import DefaultSampler, InfiniteSampler
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, SequentialSampler
 
 from kd_dense import ConfigError
 from kd_dense.cache import ViewBank, ViewSampler
@@ -105,3 +105,12 @@ def test_default_sampler__the_epoch_chooses_the_view():
         assert [i % 5 for i in epochs[-1]] == list(plain)
     assert sorted(epochs[0] + epochs[1]) == list(range(10)) and sorted(epochs[2]) == sorted(epochs[0])
     assert len(sampler) == 5
+
+
+def test_sampler_of_torch__goes_through_the_views_and_begins_where_it_is_told_to():
+    bank = ViewBank(Drawing(), views=3)
+    whole, rest = (ViewSampler(SequentialSampler(bank), bank) for _ in range(2))
+    passes = [list(whole) for _ in range(4)]
+    assert sorted(sum(passes[:3], [])) == list(range(15)) and passes[3] == passes[0]
+    rest.begin(2)  # a resumed run that does not draw the first two again
+    assert [list(rest), list(rest)] == passes[2:]

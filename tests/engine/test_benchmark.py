@@ -141,6 +141,36 @@ def test_only_mmrazor_runs_the_teacher_to_its_loss(monkeypatch):
         assert not bench.toolbox.teacher.training  # ours is another one
 
 
+def test_cached_step_has_the_same_loss_without_a_teacher():
+    bench = MMBench(detection(), LARGE)
+    bench.prepare()
+    with bench.variant(bench.distillers(), ['cached']) as works:
+        assert list(works) == ['student', 'teacher', 'step', 'cached']
+        (model,) = works['cached'].modules
+        assert model.teacher.model is None and model.student is bench.toolbox.student
+        ours, cached = (works[name].forward() for name in ('step', 'cached'))
+        assert float(cached) == pytest.approx(float(ours), rel=1e-3) and float(ours) > float(works['student'].forward())
+        works['cached']()
+        assert not model.distillers._pending
+        shard = next(model.teacher.cache.folder.glob('*.safetensors'))
+        data = bytearray(shard.read_bytes())
+        data[-5] ^= 1
+        shard.write_bytes(data)
+        with pytest.raises(ConfigError, match='was damaged'):  # it is read, and checked, in every step
+            works['cached']()
+    assert not shard.exists()
+
+
+def test_cached_step_of_what_is_not_per_image__one_sentence():
+    bench = MMBench(detection('FasterRCNN'), LARGE)
+    bench.prepare()
+    with (
+        pytest.raises(ConfigError, match=r'--against cached: the tap .* can not be cached.*; leave it out'),
+        bench.variant(dict(roi=dict(type='RoIKD')), ['cached']),
+    ):
+        pass
+
+
 @pytest.mark.parametrize('kind', ['GFL', 'FasterRCNN'])
 def test_detectors(kind):
     cfg = resized(detection(kind), dict(type='Resize', scale=(128, 160), keep_ratio=True))

@@ -85,6 +85,18 @@ def test_forwards_are_those_of_the_trainer(bench):
         assert works['teacher'].forward() is None
 
 
+def test_cached_step_has_the_same_loss_without_a_teacher(bench):
+    made = bench()
+    made.prepare()
+    with made.variant(made.distillers(), ['cached']) as works:
+        (model,) = works['cached'].modules
+        assert model.teacher_model is None and model.student_model is made.toolbox.student
+        ours, cached = (float(works[name].forward().detach()) for name in ('step', 'cached'))
+        assert cached == pytest.approx(ours, rel=1e-3) and ours > float(works['student'].forward().detach())
+        works['cached']()
+        assert not model.distillers._pending
+
+
 def test_updates_leave_the_weights_as_they_were(bench):
     made = bench(train=FAST | {'optimizer': 'auto'})
     assert made.prepare().optimizer == 'MuSGD'  # of a long run, not of one on four images

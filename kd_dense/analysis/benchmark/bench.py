@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 #: Other ways to train the student, for ``--against``; the first is measured always.
-RIVALS = ('student', 'native', 'mmrazor-style')
+RIVALS = ('student', 'native', 'mmrazor-style', 'cached')
 
 
 @dataclass(frozen=True)

@@ -97,6 +97,11 @@ class Row:
         """Time of a step over that of a rival, taken within each repetition; ``None`` where it was not measured."""
         return _ratio(self.parts['step'].seconds, self.parts[rival].seconds) if rival in self.parts else None
 
+    @property
+    def cached(self) -> Spread | None:
+        """Time of a step from a teacher cache over that of the student alone; ``None`` where it was not measured."""
+        return _ratio(self.parts['cached'].seconds, self.parts['student'].seconds) if 'cached' in self.parts else None
+
 
 def _ratio(ours: Sequence[float], theirs: Sequence[float]) -> Spread:
     return Spread.of([a / b for a, b in zip(ours, theirs, strict=True)])

@@ -21,7 +21,7 @@ def table(rows: Sequence[Row], against: Sequence[str] = ()) -> tuple[list[str], 
     header = ['config', 'distillers', 'student alone, ms', 'teacher, ms', 'step, ms', 'step / bound']
     header += ['step / student alone'] if 'student' in against else []
     for rival in rivals:
-        header += [f'{rival}, ms', f'step / {rival}']
+        header += [f'{rival}, ms', 'cached / student alone' if rival == 'cached' else f'step / {rival}']
     header += ['peak memory', 'kept for the backward', 'waits']
     return header, [_cells(row, against, rivals) for row in rows]
 
@@ -33,9 +33,8 @@ def _cells(row: Row, against: Sequence[str], rivals: Sequence[str]) -> list[str]
     cells += [_ratio(row.against('student'))] if 'student' in against else []
     for rival in rivals:
         measured = row.parts.get(rival)
-        cells += (
-            [NOT_MEASURED] * 2 if measured is None else [_milliseconds(measured.spread), _ratio(row.against(rival))]
-        )
+        ratio = row.cached if rival == 'cached' else row.against(rival)
+        cells += [NOT_MEASURED] * 2 if measured is None else [_milliseconds(measured.spread), _ratio(ratio)]
     cells += [f'{_mebibytes(getattr(step, key))} ({_mebibytes(getattr(step, key) - getattr(student, key), "+")})'
               for key in ('peak', 'kept')]  # fmt: skip
     return [*cells, f'{step.wait_count} ({step.wait_count - student.wait_count:+d})']
@@ -77,6 +76,7 @@ def as_json(rows: Sequence[Row], machine: Mapping[str, Any]) -> str:
                 'facts': asdict(row.facts),
                 'parts': {name: _part(part) for name, part in row.parts.items()},
                 'step_over_bound': asdict(row.ratio),
+                'cached_over_student': asdict(row.cached) if row.cached else None,
                 'step_over': {name: asdict(row.against(name)) for name in row.parts if name not in ('teacher', 'step')},
             }
             for row in rows
@@ -132,6 +132,11 @@ def _explanation(rows: Sequence[Row], iterations: int) -> list[str]:
         'autograd holds between forward and backward. Waits: operations of forward and backward for which a host waits '
         'for its GPU. In parentheses what distillation adds to the student alone.',
     ]
+    if any(row.cached for row in rows):
+        lines.append(
+            'Cached: a step with the same losses that reads the outputs of the teacher from a cache on the disk, in '
+            'the process that trains; in a training worker processes read ahead.'
+        )
     if any(row.facts.random_teacher for row in rows):
         lines.append(
             'Teachers with random weights: the time of a forward and of a loss does not depend on the values of the '
