@@ -1,7 +1,8 @@
 # make setup   everything into .venv (once; about 8 minutes of it for the build of mmcv on two cores)
 # make test    set up, then the tests without the slow ones      make test-all  with them
 # make demo    set up, then the main job: teacher, student alone, distilled student, table and picture
-#              TASK=segmentation (default), detection or yolo
+#              TASK=segmentation (default), detection or yolo;
+#              TASK=adaptation: a student of scenes by day, trained further and adapted to scenes in fog
 # make lint    ruff
 #
 # PYTHON=python3.11    the Python to use (3.10 to 3.12; default: a suitable one on PATH)

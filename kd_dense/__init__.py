@@ -7,8 +7,8 @@ compat.apply()
 
 from kd_dense import distillers  # noqa: E402  (registers the methods)
 from kd_dense.distillers import Distiller  # noqa: E402
-from kd_dense.engine import AdaptationHook, DistillationHook  # noqa: E402
-from kd_dense.models import Distillation, MeanTeacherAdaptation  # noqa: E402
+from kd_dense.engine import AdaptationHook, DistillationHook, PretrainingHook  # noqa: E402
+from kd_dense.models import BackbonePretraining, Distillation, MeanTeacherAdaptation, TinyViT  # noqa: E402
 from kd_dense.registry import CONNECTORS, DISTILLERS, LOSSES  # noqa: E402
 
 __version__ = '0.1.0'
@@ -18,11 +18,14 @@ __all__ = [
     'DISTILLERS',
     'LOSSES',
     'AdaptationHook',
+    'BackbonePretraining',
     'ConfigError',
     'Distillation',
     'DistillationError',
     'DistillationHook',
     'Distiller',
     'MeanTeacherAdaptation',
+    'PretrainingHook',
+    'TinyViT',
     'distillers',
 ]

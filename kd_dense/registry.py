@@ -22,12 +22,25 @@ DATASETS = Registry(
     'dataset',
     parent=MMENGINE_DATASETS,
     scope='kd_dense',
-    locations=['kd_dense.data.datasets', 'kd_dense.cache', 'kd_dense.adaptation.paired'],
+    locations=[
+        'kd_dense.data.datasets',
+        'kd_dense.cache',
+        'kd_dense.adaptation.paired',
+        'kd_dense.adaptation.image_folder',
+    ],
 )
-DATA_SAMPLERS = Registry('data sampler', parent=MMENGINE_DATA_SAMPLERS, scope='kd_dense', locations=['kd_dense.cache'])
+DATA_SAMPLERS = Registry(
+    'data sampler',
+    parent=MMENGINE_DATA_SAMPLERS,
+    scope='kd_dense',
+    locations=['kd_dense.cache', 'kd_dense.adaptation.rare_class_sampler'],
+)
 METRICS = Registry('metric', parent=MMENGINE_METRICS, scope='kd_dense', locations=['kd_dense.engine.cityscapes'])
 TRANSFORMS = Registry(
-    'transform', parent=MMENGINE_TRANSFORMS, scope='kd_dense', locations=['kd_dense.adaptation.transforms']
+    'transform',
+    parent=MMENGINE_TRANSFORMS,
+    scope='kd_dense',
+    locations=['kd_dense.adaptation.transforms', 'kd_dense.pretraining.images'],
 )
 HOOKS = Registry('hook', parent=MMENGINE_HOOKS, scope='kd_dense', locations=['kd_dense.engine'])
 LOOPS = Registry('loop', parent=MMENGINE_LOOPS, scope='kd_dense', locations=['kd_dense.engine.loops'])

@@ -99,9 +99,11 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def draw_examples(cfg: Config, comparison: Comparison, out: Path, count: int) -> None:
-    """Draw the picture again, with predictions of the first seed's students and of the teacher."""
+    """Draw the picture again, with predictions of the first seed's students and of the teacher, if there is one."""
     checkpoints = {row.name: row.records[0].checkpoint for row in comparison.rows}
-    images = engine.examples(cfg, {**checkpoints, 'teacher': None}, count)
+    if engine.has_teacher(cfg):
+        checkpoints['teacher'] = None
+    images = engine.examples(cfg, checkpoints, count)
     title = f'Examples from the validation set (seed {comparison.seeds[0]})'
     save_figure(comparison, out / PICTURE, images, class_colours(cfg), title)
 

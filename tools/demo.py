@@ -3,6 +3,7 @@
 
 python tools/demo.py --task segmentation        or detection, or yolo; `make demo TASK=...` sets everything up first
 python tools/demo.py --task segmentation --seeds 0 1 2 3 4        the table in the README
+python tools/demo.py --task adaptation        a student of scenes by day: trained further by day, and adapted to fog
 """
 
 from __future__ import annotations
@@ -17,12 +18,17 @@ sys.path.insert(0, osp.dirname(osp.dirname(osp.abspath(__file__))))
 
 import compare
 
+from kd_dense.analysis.compare import BASELINE
+from kd_dense.analysis.runs import DISTILLED, train_runs
 from kd_dense.data.scenes import generate
+from kd_dense.data.weather import write_weather
 from kd_dense.engine.run import load_config, train_any
 from kd_dense.errors import exit_with_sentence
 
 ROOT = Path(__file__).resolve().parent.parent
-TASKS = ('segmentation', 'detection', 'yolo')
+TASKS = ('segmentation', 'detection', 'yolo', 'adaptation')
+ADAPTATION = 'configs/adaptation/segmentation/meanteacher_resnet18-w32_200_scenes-to-fog.py'
+SCENES = dict(train=800, val=100, size=(128, 128), difficulty=0.0)
 
 
 def parse_args() -> argparse.Namespace:
@@ -35,19 +41,51 @@ def parse_args() -> argparse.Namespace:
 @exit_with_sentence
 def main() -> None:
     args = parse_args()
-    scenes, work_dir = Path('work_dirs/scenes'), Path(f'work_dirs/demo_{args.task}')
-    step(f'1/3 generating scenes in {scenes}')
-    generate(scenes, train=800, val=100, size=(128, 128), seed=0, difficulty=0.0)
-    teacher = work_dir / 'teacher'
-    if (teacher / 'record.json').is_file():
-        step(f'2/3 the teacher is trained already: {teacher}')
+    work_dir = Path(f'work_dirs/demo_{args.task}')
+    if args.task == 'adaptation':
+        adapt(work_dir, args.seeds)
     else:
-        step(f'2/3 training the teacher in {teacher}')
-        cfg = load_config(f'configs/demo/{args.task}_teacher.py')
-        train_any(cfg, str(teacher), distill=False, seed=0, resume='auto')
-    step('3/3 training the student alone and distilled, with equal seeds')
-    compare.main([f'configs/demo/{args.task}.py', '--work-dir', str(work_dir), '--seeds', *map(str, args.seeds)])
+        distill(args.task, work_dir, args.seeds)
     print(f'picture: {work_dir / "comparison.png"}')
+
+
+def distill(task: str, work_dir: Path, seeds: list[int]) -> None:
+    """A teacher, its student alone and its student distilled."""
+    scenes = Path('work_dirs/scenes')
+    step(f'1/3 generating scenes in {scenes}')
+    generate(scenes, seed=0, **SCENES)
+    train_teacher(task, '2/3')
+    step('3/3 training the student alone and distilled, with equal seeds')
+    compare.main([f'configs/demo/{task}.py', '--work-dir', str(work_dir), '--seeds', *map(str, seeds)])
+
+
+def adapt(work_dir: Path, seeds: list[int]) -> None:
+    """A student that goes on with scenes by day alone, and one that also learns from scenes in fog without labels.
+
+    Both begin as the teacher of the segmentation demo, which was trained by day, and are scored in fog.
+    """
+    day, foggy = Path('work_dirs/scenes'), Path('work_dirs/scenes_fog')
+    step(f'1/4 generating scenes by day in {day}, and others in fog in {foggy / "fog"}')
+    generate(day, seed=0, **SCENES)
+    generate(foggy, seed=1, **SCENES)
+    write_weather(foggy / 'leftImg8bit', foggy / 'fog', 'fog')
+    train_teacher('segmentation', '2/4')
+    step('3/4 training it further by day alone, and adapting it to fog, with equal seeds')
+    runs = train_runs(load_config(ADAPTATION), work_dir, seeds, train_any)
+    step('4/4 comparing both in fog; "student alone" has seen scenes by day only')
+    first, *others = map(str, runs[DISTILLED])
+    adapted = [f'adapted={first}', *others]
+    compare.main(['--student', *map(str, runs[BASELINE]), '--distilled', *adapted, '--work-dir', str(work_dir)])
+
+
+def train_teacher(task: str, number: str) -> None:
+    """The teacher of a task, where it is not trained yet."""
+    teacher = Path(f'work_dirs/demo_{task}/teacher')
+    if (teacher / 'record.json').is_file():
+        step(f'{number} the teacher is trained already: {teacher}')
+        return
+    step(f'{number} training the teacher in {teacher}')
+    train_any(load_config(f'configs/demo/{task}_teacher.py'), str(teacher), distill=False, seed=0, resume='auto')
 
 
 def step(text: str) -> None:

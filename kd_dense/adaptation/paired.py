@@ -26,10 +26,16 @@ class PairedDataset:
         target: config of the data set of the target domain, likewise; it needs no labels.
 
     Raises:
-        ConfigError: a domain without images, classes that differ, or views of one name in both.
+        ConfigError: a domain without images, a target that is filtered by its labels, classes that differ, or views of
+            one name in both.
     """
 
     def __init__(self, source: Mapping, target: Mapping) -> None:
+        if (target.get('filter_cfg') or {}).get('filter_empty_gt'):
+            raise ConfigError(
+                'train_dataloader.dataset.target.filter_cfg: filter_empty_gt=True leaves out images by labels that the '
+                'target does not have; set it to False'
+            )
         self.datasets = [_build(source, 'source'), _build(target, 'target')]
         classes, others = (getattr(d, 'metainfo', {}).get('classes') for d in self.datasets)
         if others is not None and list(classes or ()) != list(others):
@@ -45,6 +51,10 @@ class PairedDataset:
 
     def __len__(self) -> int:
         return len(self.datasets[0]) * len(self.datasets[1])
+
+    def get_data_info(self, index: int) -> dict:
+        """That of the source image, for samplers that group images by their shape."""
+        return self.datasets[0].get_data_info(index // len(self.datasets[1]))
 
     def __getitem__(self, index: int) -> dict:
         """``inputs`` and ``data_samples``, each a dict with the names of the views of both domains."""

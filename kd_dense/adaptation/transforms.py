@@ -28,19 +28,22 @@ class StyleTransfer:
         method: ``'fourier'``, ``'color'`` or ``'histogram'``, see :mod:`kd_dense.adaptation.style`.
         beta: of ``'fourier'``.
         prob: of translating an image at all.
+        suffix: only files whose names end in this; Foggy Cityscapes has three densities of fog in one folder.
 
     Raises:
         ConfigError: an unknown method, or a folder without images.
     """
 
-    def __init__(self, folder: str, method: str = 'fourier', beta: float = 0.01, prob: float = 1.0) -> None:
+    def __init__(
+        self, folder: str, method: str = 'fourier', beta: float = 0.01, prob: float = 1.0, suffix: str = ''
+    ) -> None:
         if method not in METHODS:
             raise ConfigError(f'StyleTransfer.method: unknown method {method!r}; {closest(str(method), METHODS)}')
         if not 0 <= beta <= 0.5:
             raise ConfigError(f'StyleTransfer.beta: must lie between 0 and 0.5, not {beta!r}')
         if not 0 <= prob <= 1:
             raise ConfigError(f'StyleTransfer.prob: must lie between 0 and 1, not {prob!r}')
-        self.files = image_files(folder, 'StyleTransfer.folder')
+        self.files = image_files(folder, 'StyleTransfer.folder', suffix)
         self.folder, self.method, self.beta, self.prob = folder, method, beta, prob
 
     def __call__(self, results: dict) -> dict:
@@ -157,8 +160,8 @@ class Views:
         return f'Views(shared={self.shared}, views={self.views})'
 
 
-def image_files(folder: str | Path, key: str) -> list[Path]:
-    """The image files in ``folder`` and below, sorted.
+def image_files(folder: str | Path, key: str, suffix: str = '') -> list[Path]:
+    """The image files in ``folder`` and below, sorted; those whose names end in ``suffix``.
 
     Raises:
         ConfigError: there is no such folder, or no image in it; ``key`` is the config key that is named.
@@ -167,8 +170,10 @@ def image_files(folder: str | Path, key: str) -> list[Path]:
     if not folder.is_dir():
         raise ConfigError(f'{key}: there is no folder {folder}')
     files = sorted(f for f in folder.rglob('*') if f.suffix.lower() in IMAGE_SUFFIXES and not f.name.startswith('.'))
+    files = [file for file in files if file.name.endswith(suffix)]
     if not files:
-        raise ConfigError(f'{key}: there are no images in {folder}; put those of the other domain there')
+        named = f' whose names end in {suffix}' if suffix else ''
+        raise ConfigError(f'{key}: there are no images{named} in {folder}; put those of the other domain there')
     return files
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from mmengine.hooks import Hook
@@ -9,6 +10,7 @@ from mmengine.logging import print_log
 from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 
+from kd_dense.adaptation.collapse import CollapseWatch
 from kd_dense.engine.gradient_hook import GradientHook
 from kd_dense.engine.hook import STATE_KEY, evaluate
 from kd_dense.engine.random_state_hook import RandomStateHook
@@ -26,9 +28,11 @@ class AdaptationHook(Hook):
 
     The teacher begins as the student is when training begins, whatever was loaded into it. With
     ``optim_wrapper.accumulative_counts`` it moves when the optimizer does. Checkpoints have its state under the key
-    ``kd_dense``, beside the plain weights. The log has ``adapt.kept``, the share of the target's pixels that got a
-    pseudo label since the last validation, and ``adapt.precision`` where the target has labels (which nothing is
-    trained on); and after each validation the scores of the teacher as ``teacher.METRIC``.
+    ``kd_dense``, beside the plain weights. The log has what became of pseudo labels since the last validation: of a
+    segmentor ``adapt.kept``, the share of the target's pixels that got one; of a detector ``adapt.per_image``, boxes,
+    and ``adapt.score``, their mean score; and ``adapt.precision`` where the target has labels (which nothing is trained
+    on). It warns once when there are less than a tenth as many as there were. After each validation it has the scores
+    of the teacher as ``teacher.METRIC``.
 
     It brings along :class:`FiniteHook`, :class:`RandomStateHook` and :class:`GradientHook`, where the config does not
     name them.
@@ -51,6 +55,7 @@ class AdaptationHook(Hook):
             raise ConfigError(f'custom_hooks: AdaptationHook: unknown save {save!r}; {closest(str(save), SAVES)}')
         self.evaluate_teacher, self.save, self.interval = evaluate_teacher, save, interval
         self._resumed = False
+        self._collapse = CollapseWatch()
 
     def before_run(self, runner: Runner) -> None:
         for companion in (FiniteHook, RandomStateHook, GradientHook):
@@ -78,9 +83,11 @@ class AdaptationHook(Hook):
             model.mean_teacher.update(model.student)
         if (runner.iter + 1) % self.interval == 0:
             report = model.statistics.report()
-            for name in ('kept', 'precision'):
+            for name in ('kept', 'per_image', 'score', 'precision'):
                 if name in report:
                     runner.message_hub.update_scalar(f'train/adapt.{name}', report[name])
+            if sentence := self._collapse(report.get('per_image', report.get('kept'))):
+                print_log(sentence, 'current', logging.WARNING)
 
     def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
         model = adaptation_of(runner)

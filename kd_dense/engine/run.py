@@ -14,7 +14,7 @@ import torch
 from mmengine.config import Config
 from mmengine.dist import is_main_process
 from mmengine.registry import DATASETS, RUNNERS, VISUALIZERS, init_default_scope
-from mmengine.runner import Runner
+from mmengine.runner import Runner, find_latest_checkpoint
 
 from kd_dense import checkpoint as checkpoints
 from kd_dense.adaptation.paired import train_on_source
@@ -70,6 +70,16 @@ def is_distillation(cfg: Config) -> bool:
 def is_adaptation(cfg: Config) -> bool:
     """Is the MMEngine model of this config a :class:`~kd_dense.MeanTeacherAdaptation`?"""
     return str(cfg.get('model', {}).get('type', '')).rpartition('.')[2] == 'MeanTeacherAdaptation'
+
+
+def is_pretraining(cfg: Config) -> bool:
+    """Is the MMEngine model of this config a :class:`~kd_dense.BackbonePretraining`?"""
+    return str(cfg.get('model', {}).get('type', '')).rpartition('.')[2] == 'BackbonePretraining'
+
+
+def has_teacher(cfg: Config) -> bool:
+    """Does the config name a trained teacher? One that adapts or trains a student alone does not."""
+    return 'teacher' in (cfg if is_yolo(cfg) else cfg.get('model', {}))
 
 
 def student_alone(cfg: Config) -> Config:
@@ -151,6 +161,8 @@ def train(
     name = cfg.filename or ''
     if cfg.get('model') is None:
         raise ConfigError(f'model: {name or "the config"} has none, so there is nothing to train')
+    if is_pretraining(cfg) and not distill:
+        raise ConfigError('--student-alone: pre-training has no labels but those of its teacher; leave it out')
     cfg = use_cache(cfg, outputs=distill)
     cfg = copy.deepcopy(cfg) if distill else student_alone(cfg)
     cfg.work_dir, cfg.launcher = work_dir, launcher
@@ -159,6 +171,8 @@ def train(
         hooks.append(dict(type='kd_dense.DistillationHook'))
     if is_adaptation(cfg) and not any(_is_type(h, 'AdaptationHook') for h in hooks):
         hooks.append(dict(type='kd_dense.AdaptationHook'))
+    if is_pretraining(cfg) and not any(_is_type(h, 'PretrainingHook') for h in hooks):
+        hooks.append(dict(type='kd_dense.PretrainingHook'))
     if seed is not None:
         cfg.randomness = dict(cfg.get('randomness') or {}, seed=seed)
     for safety in ('RandomStateHook', 'GradientHook', 'FiniteHook', 'StopHook'):
@@ -187,8 +201,13 @@ def train(
     if resume:
         if resume not in (True, 'auto') and not osp.isfile(resume):
             raise ConfigError(f'--resume: there is no checkpoint file {resume}')
-        cfg.resume = True
-        cfg.load_from = None if resume in (True, 'auto') else str(resume)
+        if resume not in (True, 'auto'):
+            cfg.resume, cfg.load_from = True, str(resume)
+        elif not cfg.get('load_from') or find_latest_checkpoint(work_dir) is not None:
+            cfg.resume, cfg.load_from = True, None
+    start = str(cfg.get('load_from') or '')
+    if start and '://' not in start and not osp.isfile(start):
+        raise ConfigError(f'load_from: there is no checkpoint file {start}; train it first, or name another one')
     check_data(cfg)
     if _toolbox(cfg) in ('mmseg', 'mmdet') and (problem := operators_problem()):
         raise ConfigError(problem)

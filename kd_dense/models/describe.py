@@ -132,6 +132,12 @@ def is_segmentor(model: nn.Module) -> bool:
     return hasattr(model, 'decode_head')
 
 
+def is_detector(model: nn.Module) -> bool:
+    """Is the model one of MMDetection's that predict boxes?"""
+    known = any(cls.__name__ == 'BaseDetector' for cls in type(model).__mro__)
+    return known and any(getattr(model, head, None) is not None for head in ('bbox_head', 'roi_head'))
+
+
 def input_channels(model: nn.Module) -> int:
     """Channels of the images that ``model`` takes."""
     mean = getattr(getattr(model, 'data_preprocessor', None), 'mean', None)

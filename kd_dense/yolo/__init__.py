@@ -14,6 +14,7 @@ except ModuleNotFoundError as error:
 
 offline.apply()
 
+from kd_dense.yolo.adaptation_trainer import AdaptationTrainer  # noqa: E402
 from kd_dense.yolo.describe import describe  # noqa: E402
 from kd_dense.yolo.evaluate import evaluate  # noqa: E402
 from kd_dense.yolo.examples import examples  # noqa: E402
@@ -22,6 +23,7 @@ from kd_dense.yolo.run import train  # noqa: E402
 from kd_dense.yolo.trainer import DistillationTrainer, SegmentationDistillationTrainer  # noqa: E402
 
 __all__ = [
+    'AdaptationTrainer',
     'DistillationModel',
     'DistillationTrainer',
     'SegmentationDistillationTrainer',

@@ -12,10 +12,23 @@ from ultralytics.utils import DEFAULT_CFG_DICT
 
 from kd_dense.distillation import Distillers
 from kd_dense.errors import ConfigError, closest
+from kd_dense.yolo.adaptation_config import Adaptation
+from kd_dense.yolo.adaptation_config import parse as parse_adaptation
 from kd_dense.yolo.teacher import check_options
 
 #: Keys of a config. ``name -> what it holds``, for the error about an unknown one.
-KEYS = ('student', 'teacher', 'distillers', 'data', 'train', 'val', 'coco_json', 'work_dir', 'custom_imports')
+KEYS = (
+    'student',
+    'teacher',
+    'distillers',
+    'adaptation',
+    'data',
+    'train',
+    'val',
+    'coco_json',
+    'work_dir',
+    'custom_imports',
+)
 #: Keys that MMEngine's own tools add or read, and that change nothing here.
 TOLERATED = ('default_scope', 'launcher', 'log_level', 'env_cfg', 'experiment_name')
 #: Ultralytics arguments that another key of the config already decides -> that key.
@@ -41,6 +54,7 @@ class YoloConfig:
     Args:
         teacher: see :func:`kd_dense.yolo.teacher.load_teacher`; ``None``: the config describes a student alone.
         distillers: name -> ``dict(type=..., ...)``.
+        adaptation: to a target domain; ``None``: there is none. With it, ``data`` is the source.
         student: model YAML or ``.pt`` file.
         pretrained: weights to start the student from, ``True`` for those of a ``.pt`` student, ``False`` for none.
         data: data YAML.
@@ -52,6 +66,7 @@ class YoloConfig:
 
     teacher: dict | None = None
     distillers: dict = field(default_factory=dict)
+    adaptation: Adaptation | None = None
     student: str | None = None
     pretrained: bool | str = True
     data: str | None = None
@@ -59,6 +74,11 @@ class YoloConfig:
     val: dict = field(default_factory=dict)
     coco_json: str | None = None
     work_dir: str | None = None
+
+    @property
+    def evaluated(self) -> str | None:
+        """The data YAML whose validation images count: that of the target domain, where there is one."""
+        return (self.adaptation and self.adaptation.target_yaml) or self.data
 
     def build_distillers(self) -> Distillers:
         """The distillers, not set up.
@@ -87,9 +107,15 @@ def read(source: str | Path | Config | Mapping) -> YoloConfig:
             raise ConfigError(f'{key}: no key of a YOLO config; {closest(key, KEYS)} (helper variables begin with _)')
     student, pretrained = _student(source.get('student'))
     distilled = 'teacher' in source or 'distillers' in source
+    if distilled and 'adaptation' in source:
+        raise ConfigError(
+            'adaptation: goes together with neither teacher nor distillers, its teacher is the average of the student; '
+            'remove one of both, or adapt first and distil with the result as the teacher'
+        )
     return YoloConfig(
         teacher=check_options(_mapping(source, 'teacher')) if distilled else None,
         distillers=_mapping(source, 'distillers'),
+        adaptation=parse_adaptation(source['adaptation']) if 'adaptation' in source else None,
         student=student,
         pretrained=pretrained,
         data=source.get('data'),
@@ -134,6 +160,20 @@ def from_argument(argument: str | None, gain: float) -> YoloConfig:
         raise ConfigError(
             f"{argument}: has no teacher and no distillers; add teacher=dict(checkpoint='...') and distillers"
         )
+    return config
+
+
+def adaptation_from_argument(argument: str | None) -> YoloConfig:
+    """What Ultralytics' training argument ``distill_model`` stands for in a run that adapts: a config file of ours.
+
+    Raises:
+        ConfigError: no such file, or a config without ``adaptation``.
+    """
+    if not argument:
+        raise ConfigError('distill_model: give the path of a kd_dense config (.py) with adaptation')
+    config = read(argument)
+    if config.adaptation is None:
+        raise ConfigError(f"{argument}: has no adaptation; add adaptation=dict(target='path/of/images')")
     return config
 
 

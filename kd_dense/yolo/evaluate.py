@@ -89,7 +89,7 @@ def evaluate(
     checkpoint = Path(checkpoint).expanduser()
     if not checkpoint.is_file():
         raise ConfigError(f'there is no checkpoint {checkpoint}; give the .pt file of a trained model')
-    data = require_dataset(config.data)
+    data = require_dataset(config.evaluated)
     if not trusted:
         read_checkpoint(checkpoint, 'CHECKPOINT')  # YOLO() itself would execute what the file names
     model = YOLO(str(checkpoint))
@@ -108,7 +108,7 @@ def evaluate(
 
     place = dict(project=str(folder.parent), name=folder.name, exist_ok=True)
     with no_time_limit():
-        metrics = model.val(validator=collector, data=config.data, **place, **settings)
+        metrics = model.val(validator=collector, data=config.evaluated, **place, **settings)
     scores = {k: float(v) for k, v in metrics.results_dict.items()}
     annotations = coco_json or config.coco_json or _standard_annotations(data)
     if annotations is not None:

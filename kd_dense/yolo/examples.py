@@ -30,7 +30,7 @@ def examples(
     Args:
         config: a YOLO config, or its path.
         checkpoints: ``'student'``, ``'distilled'`` and ``'teacher'`` -> checkpoint; ``None`` for the teacher: the one
-            in the config, which is left out where it is a model of MMDetection.
+            in the config, which is left out where there is none, or where it is a model of MMDetection.
         count: images, spread evenly over the validation set.
 
     Returns:
@@ -38,11 +38,13 @@ def examples(
         drawn on is enlarged where the image is small.
     """
     config = read(config)
-    if checkpoints.get('teacher', '') is None and mmdet_teacher.is_config(config.teacher['config']):
+    if checkpoints.get('teacher', '') is None and config.teacher is None:  # that of an adaptation is in no file
+        checkpoints = {name: path for name, path in checkpoints.items() if name != 'teacher'}
+    elif checkpoints.get('teacher', '') is None and mmdet_teacher.is_config(config.teacher['config']):
         LOGGER.info('the teacher is a model of MMDetection, which Ultralytics can not run: there are no examples of it')
         checkpoints = {name: path for name, path in checkpoints.items() if name != 'teacher'}
-    data = require_dataset(config.data)
-    arguments = get_cfg(overrides={'task': 'detect', 'imgsz': config.train.get('imgsz', 640), 'data': config.data})
+    data = require_dataset(config.evaluated)
+    arguments = get_cfg(overrides={'task': 'detect', 'imgsz': config.train.get('imgsz', 640), 'data': config.evaluated})
     dataset = build_yolo_dataset(arguments, data['val'], batch=1, data=data, mode='val', rect=False)
     for name, path in checkpoints.items():  # YOLO() itself would execute what a file names
         if path is None:

@@ -2,35 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
-from ultralytics.nn.distill_model import DistillationModel as UltralyticsDistillationModel
 from ultralytics.utils import LOGGER
 from ultralytics.utils.ops import xywh2xyxy
-from ultralytics.utils.torch_utils import copy_attr
 
+from kd_dense.cache.teacher import FIELD, CachedTeacher
 from kd_dense.context import Context
 from kd_dense.distillation import Distillers
+from kd_dense.distillers.base import Distiller
 from kd_dense.errors import ConfigError
 from kd_dense.execution import Execution
 from kd_dense.teacher import Remap, Teacher
 from kd_dense.yolo.describe import describe
+from kd_dense.yolo.student_inside import StudentInsideModel
 from kd_dense.yolo.teacher import adapter
 
 #: Batch entry with the number of objects in each image, which the trainer counts before the batch goes to the device.
 COUNTS = 'objects_per_image'
 
 
-class DistillationModel(UltralyticsDistillationModel):
+class DistillationModel(StudentInsideModel):
     """Ultralytics' own distillation model with any distillers of kd_dense in place of its built-in loss.
-
-    It is a subclass because the trainer treats that class specially: no compilation, class weights, the EMA copy, the
-    optimizer's learning-rate groups and the resumption of two-branch losses all look through it to ``student_model``.
-    The teacher is not a submodule: it is in no parameter list, state dict, optimizer, EMA copy or checkpoint.
 
     Args:
         student: the model to be trained, on its device.
-        teacher: a loaded teacher on the same device, see :func:`kd_dense.yolo.teacher.load_teacher`.
+        teacher: a loaded teacher on the same device, see :func:`kd_dense.yolo.teacher.load_teacher`; or a cache of its
+            outputs, which batches then bring along.
         distillers: what to distil. Set up here.
         execution: how the teacher is run; ``None``: as it is.
 
@@ -39,29 +39,27 @@ class DistillationModel(UltralyticsDistillationModel):
     """
 
     def __init__(
-        self, student: nn.Module, teacher: nn.Module, distillers: Distillers, execution: Execution | None = None
+        self,
+        student: nn.Module,
+        teacher: nn.Module | CachedTeacher,
+        distillers: Distillers,
+        execution: Execution | None = None,
     ) -> None:
-        nn.Module.__init__(self)
-        self.student_model = student
+        super().__init__(student)
         self.distillers = distillers
-        ours, theirs = describe(student), adapter(teacher).describe(teacher)
-        remap = Remap(ours.normalization, theirs.normalization)
-        # What the parent class keeps for its permanent hooks; empty, because there are none.
-        self.feats_idx, self.teacher_feats_idx = [], []
-        self._teacher_feats, self._student_feats = {}, {}
-        self._teacher_hooks, self._student_hooks = [], []
-        copy_attr(self, student)  # yaml, names, stride, args: what the trainer reads from its model
+        cached = isinstance(teacher, CachedTeacher)
+        ours, theirs = describe(student), teacher.description() if cached else adapter(teacher).describe(teacher)
         distillers.setup(ours, theirs)
-        tapped = distillers.taps('teacher', distillers.methods).paths
-        self._teacher: Teacher | None = Teacher(
-            teacher, None if remap.is_identity else remap, execution, tapped, LOGGER.info
-        )
+        if not cached:
+            remap = Remap(ours.normalization, theirs.normalization)
+            tapped = distillers.taps('teacher', distillers.methods).paths
+            teacher = Teacher(teacher, None if remap.is_identity else remap, execution, tapped, LOGGER.info)
+        self._teacher: Teacher | CachedTeacher | None = teacher
         distillers.to(next(student.parameters()).device)
-        self.iteration, self.epoch, self.progress = 0, 0, 0.0
 
     @property
     def teacher_model(self) -> nn.Module | None:
-        """The teacher; ``None`` on the copy that holds the moving average."""
+        """The teacher; ``None`` on the copy that holds the moving average, and where there is a cache instead."""
         return self._teacher and self._teacher.model
 
     @teacher_model.setter
@@ -73,23 +71,6 @@ class DistillationModel(UltralyticsDistillationModel):
     def remap(self) -> Remap | None:
         """From the student's images to the teacher's; ``None`` where it sees the same."""
         return self._teacher and self._teacher.remap
-
-    def compile_student(self, mode: str | bool = 'default', backend: str = 'inductor') -> None:
-        """Have ``torch.compile`` compile the student's forward.
-
-        In place: names of modules and tensors stay as they are, and copies (the moving average, a checkpoint) are not
-        compiled.
-
-        Args:
-            mode: of ``torch.compile``; ``True`` is ``'default'``, as for Ultralytics' argument ``compile``.
-        """
-        self.student_model.compile(mode='default' if mode is True else mode, backend=backend)
-
-    def _apply(self, fn, recurse: bool = True) -> DistillationModel:
-        super()._apply(fn, recurse)
-        if self._teacher is not None:
-            self._teacher.follow(fn)
-        return self
 
     def loss(self, batch: dict, preds: object = None) -> tuple[Tensor, dict[str, Tensor]]:
         """The task loss, followed by the weighted distillation loss.
@@ -110,9 +91,7 @@ class DistillationModel(UltralyticsDistillationModel):
         active = self.distillers.active(self.progress)
         if active:
             # The teacher goes first: what it needs on the way is free again before the student stores for its backward.
-            taps = self.distillers.taps('teacher', active)
-            forward = adapter(self.teacher_model).forward_for(self.teacher_model, taps)
-            teacher = self._teacher(taps, images, forward)
+            teacher = self._teacher_values(batch, active)
             context.image = images = self.distillers.view(images, context)
             with self.distillers.taps('student', active).record() as taps:
                 if self.distillers.calibrates(active):
@@ -130,6 +109,25 @@ class DistillationModel(UltralyticsDistillationModel):
         sums = self._sum_by_distiller(losses, images)
         parts = torch.cat([parts.reshape(-1), sum(sums.values()).reshape(1) * images.shape[0]])
         return parts, self._with_items(items, sums)
+
+    def _teacher_values(self, batch: dict, active: Mapping[str, Distiller]) -> dict[str, list[Tensor]]:
+        if isinstance(self._teacher, CachedTeacher):
+            if FIELD not in batch:
+                raise ConfigError(
+                    'teacher.cache: the batch brings none of its outputs along; train with tools/train.py, or with a '
+                    'trainer of kd_dense.yolo'
+                )
+            return self._teacher.outputs(batch[FIELD], self.distillers.tap_names('teacher', active))
+        return self.teacher_outputs(batch['img'], active)
+
+    def teacher_outputs(self, images: Tensor, active: Mapping[str, Distiller]) -> dict[str, list[Tensor]]:
+        """Tap name -> tensors of the live teacher for images ``[B, C, H, W]`` in 0..1.
+
+        Args:
+            active: the distillers whose taps are wanted.
+        """
+        taps = self.distillers.taps('teacher', active)
+        return self._teacher(taps, images, adapter(self.teacher_model).forward_for(self.teacher_model, taps))
 
     def _sum_by_distiller(self, losses: dict[str, Tensor], images: Tensor) -> dict[str, Tensor]:
         """One scalar per distiller, 0 for those that sleep: Ultralytics' log must have the same columns always."""

@@ -24,6 +24,7 @@ from kd_dense.failures import as_sentences
 from kd_dense.run_lock import is_first_process, locked
 from kd_dense.stopping import name_of, requested, stop_signals
 from kd_dense.yolo import mmdet_teacher
+from kd_dense.yolo.adaptation_trainer import AdaptationTrainer, SourceTrainer
 from kd_dense.yolo.config import YoloConfig, load, read
 from kd_dense.yolo.evaluate import evaluate
 from kd_dense.yolo.teacher import read_checkpoint
@@ -81,7 +82,7 @@ def train(
     source = load(config)
     settings = read(source)
     name = Path(source.filename or 'yolo.py').stem
-    if distill and settings.teacher is None:
+    if distill and settings.teacher is None and settings.adaptation is None:
         LOGGER.info('the config has no teacher: its student is trained alone')
         distill = False
     if auto_scale_lr:
@@ -91,6 +92,8 @@ def train(
     folder = Path(work_dir or settings.work_dir or Path('work_dirs') / name).expanduser().resolve()
     arguments = _arguments(settings, folder)
     require_dataset(settings.data, arguments.get('split', 'val'))
+    if settings.adaptation is not None and settings.adaptation.target_yaml is not None:
+        require_dataset(settings.adaptation.target_yaml, arguments.get('split', 'val'), 'adaptation.target')
     if seed is not None:
         arguments['seed'] = seed
     if amp:
@@ -100,12 +103,20 @@ def train(
     elif launcher != 'none':
         raise ConfigError(f"launcher: Ultralytics is started by 'pytorch' or 'none', not {launcher!r}")
     trainer_type = TRAINERS[arguments['task']][distill]
+    if settings.adaptation is not None:
+        if arguments['task'] != 'detect':
+            raise ConfigError(
+                f'student: {settings.student} is for the task {arguments["task"]!r}; adaptation trains detection models'
+            )
+        trainer_type = AdaptationTrainer if distill else SourceTrainer
+    if not distill and settings.teacher and settings.teacher['cache']:
+        trainer_type = _on_views_of(trainer_type, settings.teacher['cache'])
     observer = _Observer()
     with locked(folder, launcher), as_sentences(folder):
         if is_first_process(launcher):
             remove_leftovers(folder)
             remove_leftovers(folder / 'weights')
-        if distill:
+        if distill or settings.adaptation is not None:
             # The config as it is used, overrides included: read again on resume, and by every process of several GPUs.
             arguments['distill_model'] = str(folder / f'{name}.py')
             with atomic_write(arguments['distill_model']) as file:
@@ -113,7 +124,7 @@ def train(
         last = _checkpoint_to_resume(resume, folder)
         if last is not None:
             arguments.update(resume=str(last), save_dir=str(folder))
-        if distill and RANK in (-1, 0):
+        if distill and settings.adaptation is None and RANK in (-1, 0):
             _score_teacher(source, settings, folder)  # before the trainer is made: it sets the seeds
         trainer = trainer_type(overrides=arguments)
         for event in ('on_train_batch_start', 'on_train_batch_end', 'on_model_save'):
@@ -128,6 +139,14 @@ def train(
     record = _record(trainer, observer, distill, arguments['task'], str(source.filename or ''))
     record.save(folder)
     return record
+
+
+def _on_views_of(trainer_type: type, cache: str) -> type:
+    """A trainer of the student alone that sees the views of a cache, so that a comparison with them is fair.
+
+    A class, and no attribute of the trainer: Ultralytics hands it to the processes of several GPUs.
+    """
+    return type(trainer_type.__name__, (trainer_type,), {'teacher_cache': cache, 'with_outputs': False})
 
 
 def _stop_in_epoch(trainer: Any) -> None:
@@ -277,5 +296,5 @@ def _record(trainer: Any, observer: _Observer, distilled: bool, task: str, confi
 
 
 def _connector_parameters(trainer: Any) -> int:
-    model = getattr(trainer, 'distillation', None)
-    return sum(p.numel() for p in model.distillers.parameters()) if model is not None else 0
+    distillers = getattr(getattr(trainer, 'joined', None), 'distillers', None)
+    return sum(p.numel() for p in distillers.parameters()) if distillers is not None else 0

@@ -24,7 +24,15 @@ from kd_dense.yolo import mmdet_teacher
 from kd_dense.yolo.describe import CLASS_ALIASES, channels, class_names, describe, forward_for
 
 #: Keys of ``teacher`` in a config, with their defaults.
-OPTIONS = {'checkpoint': None, 'config': None, 'classes': None, 'allow': (), 'trusted': False, **asdict(Execution())}
+OPTIONS = {
+    'checkpoint': None,
+    'config': None,
+    'classes': None,
+    'allow': (),
+    'trusted': False,
+    'cache': None,
+    **asdict(Execution()),
+}
 
 
 @dataclass(frozen=True)
@@ -61,11 +69,6 @@ def check_options(teacher: Mapping) -> dict:
     Raises:
         ConfigError: an unknown key, no checkpoint, or a value that an option can not have.
     """
-    if 'cache' in teacher:
-        raise ConfigError(
-            'teacher.cache: only MMSegmentation and MMDetection can train from a cache; the mosaics of Ultralytics '
-            'depend on which images were loaded before, so its views can not be replayed; remove the key'
-        )
     for key in teacher:
         if key not in OPTIONS:
             raise ConfigError(f'teacher: unknown key {key!r}; {closest(key, OPTIONS)}')

@@ -1,4 +1,4 @@
-"""Ultralytics trainers that distil."""
+"""Ultralytics trainers that distil, and what trainers with something beside the student have in common."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ from kd_dense.analysis.doctor.weights import about_weights
 from kd_dense.checkpoint import atomic_write, save
 from kd_dense.engine.gradient_hook import pending_gradients, put_back
 from kd_dense.errors import ConfigError, DistillationError
-from kd_dense.execution import Execution
 from kd_dense.random_state import capture, restore
 from kd_dense.yolo.config import YoloConfig, from_argument
 from kd_dense.yolo.model import COUNTS, DistillationModel, count_objects
-from kd_dense.yolo.teacher import check_class_taps, load_teacher
+from kd_dense.yolo.student_inside import StudentInsideModel
 from kd_dense.yolo.validation import Untimed, no_time_limit
+from kd_dense.yolo.views import OnViews, verify, with_cached_teacher, with_live_teacher
 
 #: Key of our state in a checkpoint of Ultralytics. Everything below it is tensors, numbers and containers.
 STATE = 'kd_dense'
 
 
-class Distilling(Untimed):
-    """What is common to the trainers of this module; mixed into a trainer of Ultralytics.
+class StudentInside(Untimed):
+    """Trains a student that is inside another model; mixed into a trainer of Ultralytics.
 
-    The training argument ``distill_model`` names a config of kd_dense, of which ``teacher`` and ``distillers`` are read
-    (student, data and training arguments are those of the call). Because it is one of Ultralytics' own arguments, it
-    survives the relaunch for several GPUs, and a resume.
+    The training argument ``distill_model`` names a config of kd_dense (student, data and training arguments are those
+    of the call). Because it is one of Ultralytics' own arguments, it survives the relaunch for several GPUs, and a
+    resume.
 
     Every checkpoint holds the plain student, so that an environment without kd_dense loads it, and beside it, under the
     key ``kd_dense``, what a resumed run needs.
@@ -47,7 +47,39 @@ class Distilling(Untimed):
 
     task: str
     config: YoloConfig
-    distillation: DistillationModel  # the model that is trained, without the wrapper for several GPUs
+    joined: StudentInsideModel  # the model that is trained, without the wrapper for several GPUs
+
+    # What a subclass says about what is beside the student.
+
+    def read_config(self, argument: str | None, gain: float) -> YoloConfig:
+        """The config that ``distill_model`` names, checked; ``gain`` is Ultralytics' argument ``dis``."""
+        raise NotImplementedError
+
+    def join(self, student: nn.Module) -> StudentInsideModel:
+        """The model to be trained, around ``student``."""
+        raise NotImplementedError
+
+    def after_step(self) -> None:
+        """Called after each step of the optimizer."""
+
+    def state_beside(self) -> dict[str, Any]:
+        """What a resumed run needs beside the student: tensors, numbers and containers."""
+        raise NotImplementedError
+
+    def load_state_beside(self, state: dict[str, Any] | None) -> None:
+        """Restore :meth:`state_beside`.
+
+        Raises:
+            ConfigError: it is of another run, or there is none.
+        """
+        raise NotImplementedError
+
+    def plain_to_save(self) -> nn.Module:
+        """The model whose weights a checkpoint holds for everybody: the moving average of the student."""
+        return self.ema.ema.student_model
+
+    #: What to look at when the loss is not finite.
+    suspects: str
 
     def __init__(
         self, cfg: Any = DEFAULT_CFG, overrides: dict[str, Any] | None = None, _callbacks: dict | None = None
@@ -65,11 +97,13 @@ class Distilling(Untimed):
         if not overrides.get('resume'):
             # Before Ultralytics creates folders; on resume the argument may come from the checkpoint.
             gain = overrides.get('dis', DEFAULT_CFG_DICT['dis'])
-            from_argument(overrides.get('distill_model'), gain).build_distillers()
+            self.read_config(overrides.get('distill_model'), gain)
         super().__init__(cfg, overrides, _callbacks)
-        self.config = from_argument(self.args.distill_model, self.args.dis)
+        self.config = self.read_config(self.args.distill_model, self.args.dis)
         if self.args.quantize == 8:
-            raise ConfigError('train.quantize: 8-bit training does not go together with distillation; distil first')
+            raise ConfigError(
+                'train.quantize: 8-bit training goes together with neither distillation nor adaptation; do that first'
+            )
         self._batch = 0
         self._last_step = -1  # iteration of the last optimizer step
         self._gradients: dict[str, torch.Tensor] = {}  # of a resumed run, since that step
@@ -83,9 +117,10 @@ class Distilling(Untimed):
         return super().get_dataset()
 
     def set_model_attributes(self) -> None:
-        """Names and arguments for the student, which then gets its teacher and its distillers.
+        """Names and arguments for the student, which then goes into the model that is trained.
 
-        The trainer calls this before it freezes, compiles, wraps or optimises anything, so connectors take part in all.
+        The trainer calls this before it freezes, compiles, wraps or optimises anything, so what is beside the student
+        takes part in all.
         """
         super().set_model_attributes()
         student = self.model
@@ -94,28 +129,13 @@ class Distilling(Untimed):
                 f'student: its head is {type(student.model[-1]).__name__}; kd_dense trains YOLO detection and '
                 'segmentation models (the v8, 11 and 26 families, for example)'
             )
-        distillers = self.config.build_distillers()
-        check_class_taps(distillers, self.config.teacher)
-        teacher = load_teacher(self.config.teacher, student)
-        self.distillation = DistillationModel(student, teacher, distillers, Execution.of(self.config.teacher))
-        self.model = self.distillation
+        self.model = self.joined = self.join(student)
         self._compile = self.args.compile
         if self._compile:
             # Ultralytics compiles no model that distils: it would compile the teacher too, and step around our loss.
-            self.distillation.compile_student(self._compile)
+            self.joined.compile_student(self._compile)
             self.args.compile = False
             LOGGER.info('the student is compiled by torch.compile; the first iterations will be slow')
-        if RANK in (-1, 0):
-            nothing, sentences = about_weights(distillers)
-            for sentence in filter(None, [nothing, *sentences]):
-                LOGGER.warning(sentence)
-            if self.distillation.remap is not None:
-                LOGGER.info(f'teacher sees {self.distillation.remap}')
-            for row in distillers.table:
-                LOGGER.info(
-                    f'{row.distiller}.{row.role}: student {row.student} | teacher {row.teacher} | '
-                    f'connector {row.connector_parameters:,} parameters | loss weight {row.loss_weight}'
-                )
 
     # -- training ------------------------------------------------------------------------------------------------------
 
@@ -128,11 +148,11 @@ class Distilling(Untimed):
         if event == 'on_train_epoch_start':
             self._batch = 0
             if self._gradients:  # not earlier: Ultralytics clears all gradients when training starts
-                put_back(self.distillation, self._gradients)
+                put_back(self.joined, self._gradients)
                 self._gradients = {}
         elif event == 'on_train_batch_start':
             batches = len(self.train_loader)
-            model = self.distillation
+            model = self.joined
             model.epoch = self.epoch
             model.iteration = self.epoch * batches + self._batch
             model.progress = min(model.iteration / (self.epochs * batches), 1.0)
@@ -156,7 +176,7 @@ class Distilling(Untimed):
     def _not_finite(self, what: str) -> DistillationError:
         kept = f'the last good checkpoint is {self.last}, from which --resume goes on after the change'
         return DistillationError(
-            f'{what}; look at the loss_weight of the distillers that are named, at the teacher and at train.lr0; '
+            f'{what}; look at {self.suspects} and at train.lr0; '
             f'{kept if self.epoch > 0 else "no checkpoint had been written before"}'
         )
 
@@ -170,7 +190,7 @@ class Distilling(Untimed):
             self._check_loss()
         elif terms:
             LOGGER.warning(f'epoch {epoch + 1}: {terms}')
-        wrapped, self.model = self.model, self.distillation.student_model
+        wrapped, self.model = self.model, self.joined.student_model
         try:
             return super()._handle_nan_recovery(epoch)
         except RuntimeError as error:
@@ -197,25 +217,16 @@ class Distilling(Untimed):
 
     def _pending_gradients(self) -> dict[str, torch.Tensor]:
         """Gradients that the next optimizer step will use; none when the last batch ended with a step."""
-        return {} if self._last_step == self.distillation.iteration else pending_gradients(self.distillation)
-
-    def preprocess_batch(self, batch: dict) -> dict:
-        """Ultralytics' preprocessing; counts the objects while they are still in the host's memory."""
-        counts = count_objects(batch)
-        batch = super().preprocess_batch(batch)
-        batch[COUNTS] = counts
-        return batch
+        return {} if self._last_step == self.joined.iteration else pending_gradients(self.joined)
 
     def optimizer_step(self) -> None:
-        """One step, the first of which proves that every connector learns."""
-        iteration = self.distillation.iteration
+        """One step, unless a resumed run is not there yet."""
+        iteration = self.joined.iteration
         if self._catching_up and iteration - self._last_step < self._accumulate:
             return
         self._catching_up, self._last_step = False, iteration
         super().optimizer_step()
-        self.distillation.distillers.verify_gradients()
-        # Neither the biases', which warms up downwards, nor one of those that Ultralytics triples with Muon.
-        self.distillation.distillers.after_step(self.optimizer.param_groups[1]['lr'])
+        self.after_step()
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
@@ -225,8 +236,8 @@ class Distilling(Untimed):
         Raises:
             DistillationError: weights that are not finite; nothing was written.
         """
-        student, average = self.distillation.student_model, self.ema.ema.student_model
-        wrong = [n for n, p in self.distillation.named_parameters() if not torch.isfinite(p).all()]
+        student, average = self.joined.student_model, self.ema.ema.student_model
+        wrong = [n for n, p in self.joined.named_parameters() if not torch.isfinite(p).all()]
         if wrong:
             raise self._not_finite(f'weights not finite after epoch {self.epoch + 1}: {", ".join(wrong[:3])}')
         _repair(average, student)
@@ -235,7 +246,7 @@ class Distilling(Untimed):
             'best_fitness': self.best_fitness,
             'stopper': {'best_fitness': self.stopper.best_fitness, 'best_epoch': self.stopper.best_epoch},
             'model': None,  # as Ultralytics writes it: readers take the moving average
-            'ema': _plain(average),
+            'ema': _plain(self.plain_to_save()),
             'updates': self.ema.updates,
             'optimizer': self.optimizer.state_dict(),
             'scaler': self.scaler.state_dict(),
@@ -247,7 +258,7 @@ class Distilling(Untimed):
             'license': 'AGPL-3.0 (https://ultralytics.com/license)',
             'docs': 'https://docs.ultralytics.com',
             STATE: {
-                'distillers': self.distillation.distillers.state_dict(),
+                **self.state_beside(),
                 'student': student.state_dict(),
                 'random': self._random_state(),
                 'last_step': self._last_step,
@@ -264,23 +275,12 @@ class Distilling(Untimed):
         return True
 
     def _load_checkpoint_state(self, ckpt: dict) -> None:
-        """Restore optimizer, scaler, moving average and connectors."""
+        """Restore optimizer, scaler, moving average and what is beside the student."""
         state = ckpt.get(STATE)
-        if not state or 'distillers' not in state:
-            raise ConfigError(
-                f'{self.last}: holds no unfinished distillation (no connectors) and can not be resumed; start a new run'
-            )
-        joined = self.distillation
-        try:
-            joined.distillers.load_state_dict(state['distillers'])
-        except RuntimeError as error:
-            raise ConfigError(
-                f'{self.args.distill_model}: its distillers are not those of the run that is resumed ({error}); resume '
-                'with the config that it was started with'
-            ) from None
+        self.load_state_beside(state)
         super()._load_checkpoint_state({**ckpt, 'ema': None})  # its moving average would be the joined model
-        self.ema = ModelEMA(joined)
-        self.ema.ema.student_model.load_state_dict(ckpt['ema'].float().state_dict())
+        self.ema = ModelEMA(self.joined)
+        self.ema.ema.student_model.load_state_dict(state.get('average') or ckpt['ema'].float().state_dict())
         self.ema.updates = ckpt['updates']
 
     def resume_training(self, ckpt: dict | None) -> None:
@@ -296,26 +296,31 @@ class Distilling(Untimed):
         if ckpt is None or not self.resume:
             return
         state = ckpt[STATE]
-        self.distillation.student_model.load_state_dict(state['student'])
+        self.joined.student_model.load_state_dict(state['student'])
         self._restore_random_state(state['random'])
         self._last_step, self._gradients = state['last_step'], state['gradients']
         self._catching_up = True
         if RANK in (-1, 0):
             _forget_rows_after(self.start_epoch, self.csv)
 
+    def loaders(self) -> list[Any]:
+        """Ultralytics' loaders that the batches of ``train_loader`` come from."""
+        return [self.train_loader]
+
     def _random_state(self) -> dict:
         """Random states, and what mosaic draws from where the images are read in this process."""
         state = capture()
         if self.train_loader.num_workers == 0:
-            state['recent_images'] = list(getattr(self.train_loader.dataset, 'buffer', []))
+            state['recent_images'] = [list(getattr(loader.dataset, 'buffer', [])) for loader in self.loaders()]
         return state
 
     def _restore_random_state(self, state: dict) -> None:
         if RANK != -1:
             return  # these are the states of one process of several
         if self.train_loader.num_workers == 0:
-            for index in state.get('recent_images', []):
-                self.train_loader.dataset.load_image(index)
+            for loader, recent in zip(self.loaders(), state.get('recent_images', []), strict=False):
+                for index in recent:
+                    loader.dataset.load_image(index)
             self._replay_order()
         restore(state)
 
@@ -325,16 +330,17 @@ class Distilling(Untimed):
         Only indices are drawn. Worker processes read ahead by an amount that is not known afterwards, so with them a
         resumed run sees its images in another order.
         """
-        loader = self.train_loader
         # In the epoch in which mosaic is closed, the trainer begins a new iterator.
         closing = max(self.epochs - self.args.close_mosaic, 0) if self.args.close_mosaic else self.epochs
         runs = [closing, self.start_epoch - closing] if 0 < closing < self.start_epoch else [self.start_epoch]
-        for epochs in runs:
-            loader.iterator = loader._get_iterator()
-            for _ in range(epochs * len(loader)):
-                next(loader.iterator._sampler_iter)
+        for loader in self.loaders():
+            for epochs in runs:
+                loader.iterator = loader._get_iterator()
+                for _ in range(epochs * len(self.train_loader)):
+                    next(loader.iterator._sampler_iter)
         if closing < self.start_epoch:
             # The trainer will close mosaic again, and begin a new iterator once more, which this run has behind it.
+            loader = self.train_loader
             loader.reset = lambda: loader.__dict__.pop('reset')
 
     def final_eval(self) -> None:
@@ -358,7 +364,78 @@ class Distilling(Untimed):
         self.epoch -= 1
 
 
-class DistillationTrainer(Distilling, DetectionTrainer):
+class Distilling(StudentInside):
+    """What is common to the trainers that distil: ``teacher`` and ``distillers`` of the config."""
+
+    suspects = 'the loss_weight of the distillers that are named, at the teacher'
+
+    @property
+    def distillation(self) -> DistillationModel:
+        """The model that is trained, without the wrapper for several GPUs."""
+        return self.joined
+
+    def read_config(self, argument: str | None, gain: float) -> YoloConfig:
+        config = from_argument(argument, gain)
+        config.build_distillers()
+        return config
+
+    def join(self, student: nn.Module) -> DistillationModel:
+        self.teacher_cache = self.config.teacher['cache']
+        return (with_cached_teacher if self.teacher_cache else with_live_teacher)(self.config, student)
+
+    def set_model_attributes(self) -> None:
+        """The student gets its teacher and its distillers, of which the log tells."""
+        super().set_model_attributes()
+        distillers = self.distillation.distillers
+        if RANK in (-1, 0):
+            nothing, sentences = about_weights(distillers)
+            for sentence in filter(None, [nothing, *sentences]):
+                LOGGER.warning(sentence)
+            if self.distillation.remap is not None:
+                LOGGER.info(f'teacher sees {self.distillation.remap}')
+            for row in distillers.table:
+                LOGGER.info(
+                    f'{row.distiller}.{row.role}: student {row.student} | teacher {row.teacher} | '
+                    f'connector {row.connector_parameters:,} parameters | loss weight {row.loss_weight}'
+                )
+
+    def _build_train_pipeline(self) -> None:
+        """Ultralytics' loaders; a cache of the teacher's outputs is compared with the teacher."""
+        super()._build_train_pipeline()
+        if self.teacher_cache:
+            verify(self)
+
+    def preprocess_batch(self, batch: dict) -> dict:
+        """Ultralytics' preprocessing; counts the objects while they are still in the host's memory."""
+        counts = count_objects(batch)
+        batch = super().preprocess_batch(batch)
+        batch[COUNTS] = counts
+        return batch
+
+    def after_step(self) -> None:
+        """The first step proves that every connector learns."""
+        self.distillation.distillers.verify_gradients()
+        # Neither the biases', which warms up downwards, nor one of those that Ultralytics triples with Muon.
+        self.distillation.distillers.after_step(self.optimizer.param_groups[1]['lr'])
+
+    def state_beside(self) -> dict[str, Any]:
+        return {'distillers': self.distillation.distillers.state_dict()}
+
+    def load_state_beside(self, state: dict[str, Any] | None) -> None:
+        if not state or 'distillers' not in state:
+            raise ConfigError(
+                f'{self.last}: holds no unfinished distillation (no connectors) and can not be resumed; start a new run'
+            )
+        try:
+            self.distillation.distillers.load_state_dict(state['distillers'])
+        except RuntimeError as error:
+            raise ConfigError(
+                f'{self.args.distill_model}: its distillers are not those of the run that is resumed ({error}); resume '
+                'with the config that it was started with'
+            ) from None
+
+
+class DistillationTrainer(OnViews, Distilling, DetectionTrainer):
     """Ultralytics' detection trainer, with a teacher.
 
     ``YOLO('yolo11n.yaml').train(trainer=kd_dense.yolo.DistillationTrainer, distill_model='config.py', data=..., ...)``
@@ -367,33 +444,33 @@ class DistillationTrainer(Distilling, DetectionTrainer):
     task = 'detect'
 
 
-class StudentTrainer(Untimed, DetectionTrainer):
+class StudentTrainer(OnViews, Untimed, DetectionTrainer):
     """Ultralytics' detection trainer: the student alone, validated like the distilled one."""
 
 
-class SegmentationStudentTrainer(Untimed, SegmentationTrainer):
+class SegmentationStudentTrainer(OnViews, Untimed, SegmentationTrainer):
     """Ultralytics' instance segmentation trainer: the student alone, validated like the distilled one."""
 
 
-class SegmentationDistillationTrainer(Distilling, SegmentationTrainer):
+class SegmentationDistillationTrainer(OnViews, Distilling, SegmentationTrainer):
     """Ultralytics' instance segmentation trainer, with a teacher; used like :class:`DistillationTrainer`."""
 
     task = 'segment'
 
 
-def require_dataset(data: str, split: str = 'val') -> dict:
-    """The data set that the YAML ``data`` describes.
+def require_dataset(data: str, split: str = 'val', key: str = 'data') -> dict:
+    """The data set that the YAML ``data`` describes, which the entry ``key`` of the config names.
 
     Raises:
         ConfigError: no such YAML, or images that are not there. They are not downloaded.
     """
     if not data:
-        raise ConfigError('data: give the path of a data YAML')
+        raise ConfigError(f'{key}: give the path of a data YAML')
     try:
         return check_det_dataset(data, autodownload=False, split=split)
     except FileNotFoundError as error:
         reason = ' '.join(str(error).split())
-        raise ConfigError(f'data: {reason}; put the images there, or give another data YAML') from None
+        raise ConfigError(f'{key}: {reason}; put the images there, or give another data YAML') from None
 
 
 def _forget_rows_after(epochs: int, path: Path) -> None:

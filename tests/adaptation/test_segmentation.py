@@ -14,10 +14,11 @@ from mmengine.config import Config
 from mmengine.registry import DATASETS, DefaultScope
 from mmengine.structures import PixelData
 
+from kd_dense import checkpoint
 from kd_dense.adaptation.paired import PairedDataset
 from kd_dense.adaptation.pseudo_maps import pseudo_label_map
 from kd_dense.adaptation.style import match_statistics
-from kd_dense.data.fog import write_foggy
+from kd_dense.data.weather import write_weather
 from kd_dense.engine import AdaptationHook
 from kd_dense.engine.run import evaluate, load_config, student_alone, train
 from kd_dense.errors import ConfigError
@@ -423,7 +424,15 @@ def test_batches_that_do_not_fit():
         (dict(pseudo_labels=dict(threshold=90)), 'pseudo_labels.threshold: must be a number between 0 and 1'),
         (dict(pseudo_weight='auto'), "pseudo_weight: 'auto' is for distillers"),
         (dict(styled_weight=-1), 'styled_weight: must be a finite number >= 0'),
-        (dict(student=tiny.detector()), 'student: RetinaNet with NoneType gives no softmax over the classes'),
+        (
+            dict(
+                student=tiny.segmentor(
+                    4, 2, out_channels=1, loss_decode=dict(type='CrossEntropyLoss', use_sigmoid=True)
+                )
+            ),
+            'student: EncoderDecoder with SegformerHead gives no softmax over the classes',
+        ),
+        (dict(student=torch.nn.Linear(1, 1)), 'student: Linear predicts neither boxes .* nor the classes of pixels'),
     ],
 )
 def test_wrong_options(options, message):
@@ -456,9 +465,9 @@ def test_domains_differ(domains):
 
 def test_the_config_on_generated_scenes(tmp_path):
     """It trains as it is, on a few scenes in fog; and so does its baseline."""
-    name = 'configs/adaptation/segmentation/meanteacher_resnet18-w12_400_scenes-to-fog.py'
+    name = 'configs/adaptation/segmentation/meanteacher_resnet18-w32_200_scenes-to-fog.py'
     roots = [tiny.scenes(tmp_path / 'source'), tiny.scenes(tmp_path / 'target')]
-    write_foggy(roots[1] / 'leftImg8bit', roots[1] / 'fog', progress=False)
+    write_weather(roots[1] / 'leftImg8bit', roots[1] / 'fog', 'fog', progress=False)
     text = Path(name).read_text().replace('../../', f'{Path("configs").resolve()}/')
     assert f'python tools/train.py {name}' in text and 'work_dirs/scenes_fog/fog' in text
     text = text.replace("'work_dirs/scenes', 'work_dirs/scenes_fog'", f'{str(roots[0])!r}, {str(roots[1])!r}')
@@ -466,7 +475,16 @@ def test_the_config_on_generated_scenes(tmp_path):
     options = {'train_cfg.max_iters': 1, 'train_cfg.val_interval': 1, 'model.student.data_preprocessor.size': (64, 64)}
     cfg = load_config(str(tmp_path / 'config.py'), options)
     cfg.train_dataloader.batch_size = 2
-    assert train(cfg, str(tmp_path / 'run'), seed=0).name == 'distilled'
+    assert cfg.load_from == 'work_dirs/demo_segmentation/teacher/iter_800.pth' and cfg.load_from in text
+    cfg.load_from = str(tmp_path / 'by_day.pth')
+    with pytest.raises(ConfigError, match=r'load_from: there is no checkpoint file .*by_day\.pth; train it first'):
+        train(cfg, str(tmp_path / 'run'), seed=0)
+    tiny.saved(dict(cfg.model.student.to_dict(), _scope_='mmseg'), Path(cfg.load_from), seed=3)
+    cfg.optim_wrapper.optimizer.lr = 0.0
+    assert train(cfg, str(tmp_path / 'run'), seed=0, resume='auto').name == 'distilled'
+    (last,) = (tmp_path / 'run').glob('iter_1.pth')
+    weights = [checkpoint.load(path)['state_dict']['backbone.stem.0.weight'] for path in (cfg.load_from, last)]
+    torch.testing.assert_close(*weights, rtol=0, atol=0)  # it begins with what was trained by day
     assert [line for line in scalars(tmp_path / 'run') if 'teacher.mIoU' in line]
     assert student_alone(cfg).train_dataloader.dataset.data_root == str(roots[0])
     assert model_config(str(tmp_path / 'config.py'), 'teacher.config').type == 'EncoderDecoder'  # of another student

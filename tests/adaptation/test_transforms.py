@@ -45,6 +45,13 @@ def test_style_of_a_file_of_the_folder(target, method):
     assert results['gt_bboxes'] is boxes
 
 
+def test_style_of_the_files_with_a_suffix(target):
+    transform = build(dict(type='kd_dense.StyleTransfer', folder=str(target), suffix='b.png'))
+    assert [file.name for file in transform.files] == ['b.png']
+    with pytest.raises(ConfigError, match=r'there are no images whose names end in _fog\.png in'):
+        build(dict(type='kd_dense.StyleTransfer', folder=str(target), suffix='_fog.png'))
+
+
 def test_style_is_seeded_and_drawn_anew(target):
     image = np.random.randint(0, 256, (20, 30, 3), np.uint8)
     transform = build(dict(type='kd_dense.StyleTransfer', folder=str(target), prob=0.5, beta=0.1))

@@ -156,7 +156,7 @@ def test_trainer_reads_the_options_of_the_config(write_config, tmp_path, monkeyp
     def build(student, teacher, distillers, execution):
         raise Built(execution)
 
-    monkeypatch.setattr('kd_dense.yolo.trainer.DistillationModel', build)
+    monkeypatch.setattr('kd_dense.yolo.views.DistillationModel', build)
     with pytest.raises(Built) as built:
         train(write_config(teacher={'fuse': True, 'precision': 'bf16', 'tolerance': 0.5}), work_dir=tmp_path / 'run')
     assert built.value.args[0] == Execution(fuse=True, precision='bf16', tolerance=0.5)
