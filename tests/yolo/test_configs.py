@@ -4,10 +4,13 @@ from pathlib import Path
 
 import pytest
 from mmengine.config import Config
+from torch import nn
+from ultralytics import YOLO
 
 import kd_dense.yolo
 from kd_dense.errors import ConfigError
-from kd_dense.yolo.config import read
+from kd_dense.yolo.config import YoloConfig, read
+from kd_dense.yolo.model import DistillationModel
 from kd_dense.yolo.run import _task
 
 FOLDER = Path(__file__).parents[2] / 'configs' / 'yolo'
@@ -28,6 +31,31 @@ def test_config(path, tmp_path):
     missing.data = str(tmp_path / 'absent.yaml')
     with pytest.raises(ConfigError, match='data: '):
         kd_dense.yolo.train(missing, tmp_path / 'run')
+
+
+def untrained(path: Path, config: YoloConfig) -> tuple[nn.Module, nn.Module] | None:
+    """Student and teacher of a config; ``None`` where the teacher is no YOLO model."""
+    source = config.teacher.get('config')
+    if source is None:  # the checkpoint is of one of our own configs
+        source = read(FOLDER / 'teachers' / f'{Path(config.teacher["checkpoint"]).parts[1]}.py').student
+    if not source.endswith('.yaml'):
+        return None
+    root = FOLDER.parents[1]
+    sources = (str(root / s) if (root / s).is_file() else s for s in (config.student, source))
+    student, teacher = (YOLO(s, task=_task(config.student), verbose=False).model for s in sources)
+    return student, teacher
+
+
+@pytest.mark.parametrize('path', [p for p in CONFIGS if read(p).teacher is not None], ids=lambda p: p.stem)
+def test_taps_fit_the_models(path):
+    """What only the models can tell: taps that exist, and shapes that the method can bring together."""
+    config = read(path)
+    models = untrained(path, config)
+    if models is None:
+        pytest.skip('its teacher is a model of MMDetection')
+    distillers = config.build_distillers()
+    DistillationModel(*models, distillers)
+    assert distillers.table
 
 
 def test_every_method_that_yolo_supports_has_one():

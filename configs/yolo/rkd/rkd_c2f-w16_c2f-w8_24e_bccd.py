@@ -6,6 +6,6 @@ _base_ = '../_base_/bccd_24e.py'
 
 teacher = dict(checkpoint='work_dirs/c2f-w16_24e_bccd/weights/last.pt')
 distillers = dict(
-    # At the start with as much gradient at the levels that feed the head as the task has there.
-    objects=dict(type='RKD', taps='neck', loss_weight=dict(type='auto', share=1.0)),
+    # The level of stride 8: levels of different widths, as YOLO's are, can not be related to each other.
+    objects=dict(type='RKD', taps='neck:1', loss_weight=dict(type='auto', share=1.0)),
 )
