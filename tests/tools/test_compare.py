@@ -29,7 +29,7 @@ def save_run(folder: Path, name: str, seed: int, value: float, **changes) -> Pat
     RunRecord(name=name, seed=seed, value=value, **{**fields, **changes}).save(folder)
     if name == 'distilled':
         (folder / 'teacher_score.json').write_text(json.dumps({'score': {'mIoU': 70.0}}))
-        (folder / 'config.py').write_text('default_scope = "mmseg"\n')
+        (folder / 'config.py').write_text('default_scope = "mmseg"\nmodel = dict(teacher=dict(config="teacher.py"))\n')
     return folder
 
 
@@ -107,6 +107,7 @@ def test_config_trains_what_is_missing(tool, engine, tmp_path, capsys):
     tool.main([*arguments, '2'])
     assert engine['train'][4:] == [(False, 2), (True, 2)]
     assert [count for _, count in engine['examples']] == [2, 2]
+    assert not any('teacher' in checkpoints for checkpoints, _ in engine['examples'])  # this config names none
     assert 'over 3 paired seeds' in ' '.join(capsys.readouterr().out.split())
     with pytest.raises(SystemExit) as exit_:
         tool.main([*arguments, '--cfg-options', 'model.depth=3'])
