@@ -26,7 +26,7 @@ custom_hooks = [dict(type='kd_dense.AdaptationHook')]  # save='mean_teacher': ch
 
 geometry = [  # shared by both views of an image, bit for bit
     dict(type='RandomResize', scale=(240, 180), ratio_range=(0.8, 1.6), keep_ratio=True),
-    dict(type='RandomCrop', crop_size=(160, 224)),  # without cat_max_ratio, for which target crops would read the labels
+    dict(type='RandomCrop', crop_size=(160, 224)),  # cat_max_ratio would read the labels of the target
     dict(type='RandomFlip', prob=0.5),
 ]
 load_labelled = [dict(type='LoadImageFromFile'), dict(type='LoadAnnotations')]

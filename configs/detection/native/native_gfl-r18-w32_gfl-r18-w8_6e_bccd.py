@@ -1,4 +1,4 @@
-# BCCD on a CPU, the loss that Ultralytics ships, here for GFL. Train the teacher first; the numbers are in docs/results.md.
+# BCCD on a CPU, the loss that Ultralytics ships, for GFL. Train the teacher first; the numbers are in docs/results.md.
 #
 #   python tools/train.py configs/detection/bccd/gfl_r18-w32_12e_bccd.py
 #   python tools/train.py configs/detection/native/native_gfl-r18-w32_gfl-r18-w8_6e_bccd.py

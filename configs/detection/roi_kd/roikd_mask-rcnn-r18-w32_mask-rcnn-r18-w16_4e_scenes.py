@@ -1,4 +1,4 @@
-# Instance segmentation of scenes on a CPU: classes, boxes and masks of the regions. No score is measured yet.
+# Instance segmentation of scenes on a CPU: classes, boxes and masks of the regions. Numbers: docs/results.md.
 #
 #   python tools/make_scenes.py --out work_dirs/scenes --train 800 --val 100 --difficulty 0
 #   python tools/train.py configs/detection/scenes/mask-rcnn_r18-w32_8e_scenes.py

@@ -5,7 +5,7 @@
 #   python tools/test.py configs/segmentation/cakd/cakd_mit-w32_r18-w8_400_camvid-240x180.py \
 #       work_dirs/cakd_mit-w32_r18-w8_400_camvid-240x180/iter_400.pth
 #
-# No score is measured yet.
+# The numbers are in docs/results.md.
 _base_ = ['../camvid/r18-w8_400_camvid-240x180.py']
 
 custom_hooks = [dict(type='kd_dense.DistillationHook', score_teacher=True)]

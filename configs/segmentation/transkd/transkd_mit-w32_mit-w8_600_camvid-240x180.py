@@ -7,7 +7,7 @@
 #   python tools/test.py configs/segmentation/transkd/transkd_mit-w32_mit-w8_600_camvid-240x180.py \
 #       work_dirs/transkd_mit-w32_mit-w8_600_camvid-240x180/iter_600.pth
 #
-# No score is measured yet.
+# The numbers are in docs/results.md.
 _base_ = ['../camvid/mit-w8_600_camvid-240x180.py']
 
 custom_hooks = [dict(type='kd_dense.DistillationHook', score_teacher=True)]

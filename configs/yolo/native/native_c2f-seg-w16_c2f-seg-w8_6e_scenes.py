@@ -1,4 +1,4 @@
-# Instance segmentation of generated scenes on a CPU, the loss that Ultralytics ships. No score is measured yet.
+# Instance segmentation of generated scenes on a CPU, the loss that Ultralytics ships. The numbers: docs/results.md.
 #
 #   python tools/make_scenes.py --out work_dirs/scenes --train 800 --val 100 --difficulty 0
 #   python tools/train.py configs/yolo/teachers/c2f-seg-w16_10e_scenes.py
