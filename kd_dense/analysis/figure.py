@@ -247,7 +247,7 @@ def draw_examples(
 def _draw_heading(figure: SubFigure, comparison: Comparison, heading: str) -> None:
     count = len(comparison.seeds)
     seeds = '1 seed' if count == 1 else f'{count} paired seeds'
-    title = f'Distillation against the student alone: {comparison.metric}, {comparison.iterations} iterations, {seeds}'
+    title = f'Compared with the student alone: {comparison.metric}, {comparison.iterations} iterations, {seeds}'
     figure.text(0.008, 0.94, title, fontsize=14, fontweight='bold', va='top')
     height = figure.bbox.height / figure.figure.dpi
     figure.text(0.008, 1 - 0.42 / height, heading, fontsize=10, va='top', linespacing=1.35, color='#333333')

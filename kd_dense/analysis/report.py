@@ -140,7 +140,7 @@ def write_report(comparison: Comparison, folder: Path, picture: str | None = Non
 def _title(comparison: Comparison) -> str:
     count = len(comparison.seeds)
     return (
-        f'Distillation compared with the student alone: {comparison.metric} in percent, {comparison.iterations} '
+        f'Compared with the student alone: {comparison.metric} in percent, {comparison.iterations} '
         f'iterations, {count} {"seed" if count == 1 else "paired seeds"}'
     )
 
@@ -203,7 +203,7 @@ def _markdown_table(header: list[str], rows: list[list[str]]) -> str:
 def _explanation(comparison: Comparison) -> str:
     lines = [
         f'Scores are {comparison.metric} of the last validation, mean ± standard deviation over seeds. The difference '
-        'is distilled minus student alone within each seed, with the 95 % Student-t interval of its mean over seeds.',
+        'is to the student alone within each seed, with the 95 % Student-t interval of its mean over seeds.',
         'The share of the gap closed is the mean difference divided by (teacher minus mean student); its interval '
         'holds the two scores of the gap fixed.',
         f'Student: {comparison.parameters:,} parameters. Time is that of the training loop without validation, '

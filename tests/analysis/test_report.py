@@ -84,4 +84,4 @@ def test_only_the_classes_that_changed_most_are_printed_when_there_are_many(runs
 def test_files_are_written(runs, tmp_path):
     files = write_report(compare(runs, 70.0), tmp_path / 'new')
     assert [f.name for f in files] == ['comparison.md', 'comparison.csv']
-    assert files[0].read_text(encoding='utf-8').startswith('# Distillation compared with the student alone: mIoU')
+    assert files[0].read_text(encoding='utf-8').startswith('# Compared with the student alone: mIoU')
