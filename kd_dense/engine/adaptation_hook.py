@@ -11,10 +11,8 @@ from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 
 from kd_dense.adaptation.collapse import CollapseWatch
-from kd_dense.engine.gradient_hook import GradientHook
+from kd_dense.engine.companions import bring_companions
 from kd_dense.engine.hook import STATE_KEY, evaluate
-from kd_dense.engine.random_state_hook import RandomStateHook
-from kd_dense.engine.safety_hooks import FiniteHook
 from kd_dense.errors import ConfigError, Interrupted, closest
 from kd_dense.random_state import preserve_random_state
 from kd_dense.registry import HOOKS
@@ -58,9 +56,7 @@ class AdaptationHook(Hook):
         self._collapse = CollapseWatch()
 
     def before_run(self, runner: Runner) -> None:
-        for companion in (FiniteHook, RandomStateHook, GradientHook):
-            if not any(isinstance(hook, companion) for hook in runner.hooks):
-                runner.register_hook(companion())
+        bring_companions(runner)
 
     def before_train(self, runner: Runner) -> None:
         model = adaptation_of(runner)

@@ -18,9 +18,7 @@ from mmengine.runner import Runner
 from kd_dense.analysis.doctor.scores import weak_teacher
 from kd_dense.analysis.doctor.weights import about_weights
 from kd_dense.analysis.tap_table import tap_table
-from kd_dense.engine.gradient_hook import GradientHook
-from kd_dense.engine.random_state_hook import RandomStateHook
-from kd_dense.engine.safety_hooks import FiniteHook
+from kd_dense.engine.companions import bring_companions
 from kd_dense.engine.score import score
 from kd_dense.errors import ConfigError, DistillationError
 from kd_dense.random_state import preserve_random_state
@@ -58,9 +56,7 @@ class DistillationHook(Hook):
     # -- start ---------------------------------------------------------------------------------------------------------
 
     def before_run(self, runner: Runner) -> None:
-        for companion in (FiniteHook, RandomStateHook, GradientHook):
-            if not any(isinstance(hook, companion) for hook in runner.hooks):
-                runner.register_hook(companion())
+        bring_companions(runner)
 
     def before_train(self, runner: Runner) -> None:
         model = distillation_of(runner)

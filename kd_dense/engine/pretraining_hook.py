@@ -8,9 +8,7 @@ from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 
 from kd_dense.checkpoint import latest
-from kd_dense.engine.gradient_hook import GradientHook
-from kd_dense.engine.random_state_hook import RandomStateHook
-from kd_dense.engine.safety_hooks import FiniteHook
+from kd_dense.engine.companions import bring_companions
 from kd_dense.errors import ConfigError
 from kd_dense.registry import HOOKS
 
@@ -26,9 +24,7 @@ class PretrainingHook(Hook):
     """
 
     def before_run(self, runner: Runner) -> None:
-        for companion in (FiniteHook, RandomStateHook, GradientHook):
-            if not any(isinstance(hook, companion) for hook in runner.hooks):
-                runner.register_hook(companion())
+        bring_companions(runner)
 
     def before_train(self, runner: Runner) -> None:
         from kd_dense.models import BackbonePretraining  # these need this package

@@ -41,6 +41,14 @@ _METRICS = {
 }
 
 
+#: The hook that each model of ours is trained with.
+_HOOKS = {
+    'Distillation': 'DistillationHook',
+    'MeanTeacherAdaptation': 'AdaptationHook',
+    'BackbonePretraining': 'PretrainingHook',
+}
+
+
 def load_config(path: str, options: Mapping[str, Any] | None = None) -> Config:
     """Read a config of any of the three toolboxes and apply ``--cfg-options``.
 
@@ -62,19 +70,23 @@ def is_yolo(cfg: Config) -> bool:
     return 'student' in cfg and 'model' not in cfg
 
 
+def _model_type(cfg: Config) -> str:
+    return str(cfg.get('model', {}).get('type', '')).rpartition('.')[2]
+
+
 def is_distillation(cfg: Config) -> bool:
     """Is the MMEngine model of this config a :class:`~kd_dense.Distillation`?"""
-    return str(cfg.get('model', {}).get('type', '')).rpartition('.')[2] == 'Distillation'
+    return _model_type(cfg) == 'Distillation'
 
 
 def is_adaptation(cfg: Config) -> bool:
     """Is the MMEngine model of this config a :class:`~kd_dense.MeanTeacherAdaptation`?"""
-    return str(cfg.get('model', {}).get('type', '')).rpartition('.')[2] == 'MeanTeacherAdaptation'
+    return _model_type(cfg) == 'MeanTeacherAdaptation'
 
 
 def is_pretraining(cfg: Config) -> bool:
     """Is the MMEngine model of this config a :class:`~kd_dense.BackbonePretraining`?"""
-    return str(cfg.get('model', {}).get('type', '')).rpartition('.')[2] == 'BackbonePretraining'
+    return _model_type(cfg) == 'BackbonePretraining'
 
 
 def has_teacher(cfg: Config) -> bool:
@@ -167,12 +179,9 @@ def train(
     cfg = copy.deepcopy(cfg) if distill else student_alone(cfg)
     cfg.work_dir, cfg.launcher = work_dir, launcher
     hooks = list(cfg.get('custom_hooks') or [])
-    if is_distillation(cfg) and not any(_is_type(h, 'DistillationHook') for h in hooks):
-        hooks.append(dict(type='kd_dense.DistillationHook'))
-    if is_adaptation(cfg) and not any(_is_type(h, 'AdaptationHook') for h in hooks):
-        hooks.append(dict(type='kd_dense.AdaptationHook'))
-    if is_pretraining(cfg) and not any(_is_type(h, 'PretrainingHook') for h in hooks):
-        hooks.append(dict(type='kd_dense.PretrainingHook'))
+    own = _HOOKS.get(_model_type(cfg))
+    if own and not any(_is_type(h, own) for h in hooks):
+        hooks.append(dict(type=f'kd_dense.{own}'))
     if seed is not None:
         cfg.randomness = dict(cfg.get('randomness') or {}, seed=seed)
     for safety in ('RandomStateHook', 'GradientHook', 'FiniteHook', 'StopHook'):

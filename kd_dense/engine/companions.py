@@ -1,0 +1,16 @@
+"""The hooks that every training of ours runs with."""
+
+from __future__ import annotations
+
+from mmengine.runner import Runner
+
+from kd_dense.engine.gradient_hook import GradientHook
+from kd_dense.engine.random_state_hook import RandomStateHook
+from kd_dense.engine.safety_hooks import FiniteHook
+
+
+def bring_companions(runner: Runner) -> None:
+    """Register :class:`FiniteHook`, :class:`RandomStateHook` and :class:`GradientHook`, where there is none."""
+    for companion in (FiniteHook, RandomStateHook, GradientHook):
+        if not any(isinstance(hook, companion) for hook in runner.hooks):
+            runner.register_hook(companion())
