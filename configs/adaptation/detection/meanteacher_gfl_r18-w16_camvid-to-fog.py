@@ -19,7 +19,7 @@
 # Another style: train_dataloader.dataset.source.pipeline.0.views.styled.0.method=fourier, and ...teacher.0.method. What
 # labels of the target would give: --student-alone with
 # train_dataloader.dataset.source.data_prefix.img=data/camvid_adaptation/fog/train
-_base_ = ['../../_base_/cpu_iters.py']
+_base_ = ['../../_base_/gfl_r18-w16.py', '../../_base_/cpu_iters.py']
 
 custom_imports = dict(imports=['kd_dense'], allow_failed_imports=False)
 default_scope = 'mmdet'
@@ -27,52 +27,11 @@ default_scope = 'mmdet'
 camvid_root = '{{$KD_DENSE_CAMVID:data/camvid}}'
 made_root = '{{$KD_DENSE_CAMVID_ADAPTATION:data/camvid_adaptation}}'
 metainfo = dict(classes=('car', 'pedestrian', 'bicyclist'))
-norm_cfg = dict(type='BN', requires_grad=True)
 
 model = dict(
+    _delete_=True,
     type='kd_dense.MeanTeacherAdaptation',
-    student=dict(
-        type='GFL',
-        data_preprocessor=dict(
-            type='DetDataPreprocessor',
-            mean=[123.675, 116.28, 103.53],
-            std=[58.395, 57.12, 57.375],
-            bgr_to_rgb=True,
-            pad_size_divisor=32,
-        ),
-        backbone=dict(
-            type='ResNet',
-            depth=18,
-            num_stages=4,
-            stem_channels=16,
-            base_channels=16,
-            out_indices=(1, 2, 3),
-            frozen_stages=-1,
-            norm_cfg=norm_cfg,
-            norm_eval=False,
-            style='pytorch',
-        ),
-        neck=dict(type='FPN', in_channels=[32, 64, 128], out_channels=32, norm_cfg=norm_cfg, num_outs=3),
-        bbox_head=dict(
-            type='GFLHead',
-            num_classes=3,
-            in_channels=32,
-            stacked_convs=1,
-            feat_channels=32,
-            norm_cfg=norm_cfg,
-            anchor_generator=dict(
-                type='AnchorGenerator', ratios=[1.0], octave_base_scale=4, scales_per_octave=1, strides=[8, 16, 32]
-            ),
-            loss_cls=dict(type='QualityFocalLoss', use_sigmoid=True, beta=2.0, loss_weight=1.0),
-            loss_dfl=dict(type='DistributionFocalLoss', loss_weight=0.25),
-            reg_max=8,
-            loss_bbox=dict(type='GIoULoss', loss_weight=2.0),
-        ),
-        train_cfg=dict(assigner=dict(type='ATSSAssigner', topk=9), allowed_border=-1, pos_weight=-1, debug=False),
-        test_cfg=dict(
-            nms_pre=300, min_bbox_size=0, score_thr=0.05, nms=dict(type='nms', iou_threshold=0.6), max_per_img=100
-        ),
-    ),
+    student={{_base_.model}},
     mean_teacher=dict(decay=0.99),  # at 600 iterations it lags a sixth of the run behind; 0.999 would never arrive
     # Scores of a detector trained this shortly are low. A lower threshold gives more labels, and more of them wrong:
     # adapt.per_image and adapt.precision in the log.
