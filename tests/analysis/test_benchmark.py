@@ -153,6 +153,18 @@ def test_benchmark_closes_after_an_error():
 # -- memory ------------------------------------------------------------------------------------------------------------
 
 
+def test_batch_that_is_too_small_for_batch_norm():
+    norm = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(4))  # as in a pyramid pooling
+    with pytest.raises(ConfigError, match='--batch: batch norm needs more than one image here; give --batch 2 or more'):
+        measure({'student': Work(lambda: norm(torch.rand(1, 4, 8, 8)).sum())}, CPU, 1)
+    with pytest.raises(ValueError, match='another'):  # what is wrong otherwise is not hidden
+        measure({'student': Work(_fail)}, CPU, 1)
+
+
+def _fail() -> None:
+    raise ValueError('another')
+
+
 def test_highest_sum_of_allocations():
     assert highest([]) == 0
     assert highest([-5, 3]) == 0  # what was there before is given back

@@ -16,6 +16,7 @@ from kd_dense.analysis.benchmark.memory import backward, kept, peak
 from kd_dense.analysis.benchmark.variants import Variant, title_of
 from kd_dense.analysis.benchmark.waits import Waits
 from kd_dense.analysis.doctor.cost import stopwatch
+from kd_dense.errors import ConfigError
 
 #: Runs of every piece before the first that counts: calibrates ``auto`` weights, fills caches.
 WARMUP = 2
@@ -148,11 +149,15 @@ def benchmark(
 def measure(
     works: Mapping[str, Work], device: torch.device, iterations: int, tick: Callable[[], Any] = lambda: None
 ) -> dict[str, Measured]:
-    """Name -> what that piece of work costs; each repetition runs all of them, beginning with another one."""
+    """Name -> what that piece of work costs; each repetition runs all of them, beginning with another one.
+
+    Raises:
+        ConfigError: the batch is too small for the batch norm of a model.
+    """
     names = list(works)
     for _ in range(WARMUP):
         for work in works.values():
-            work()
+            _warm_up(work)
         tick()
     seconds: dict[str, list[float]] = {name: [] for name in names}
     gc.collect()
@@ -168,6 +173,15 @@ def measure(
         waits = _waits(work, device)
         found[name] = Measured(seconds[name], peak(work, device), kept(work), waits)
     return found
+
+
+def _warm_up(work: Work) -> None:
+    try:
+        work()
+    except ValueError as error:
+        if 'more than 1 value per channel' not in str(error):
+            raise
+        raise ConfigError('--batch: batch norm needs more than one image here; give --batch 2 or more') from None
 
 
 def _waits(work: Work, device: torch.device) -> dict[str, int]:
