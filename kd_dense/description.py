@@ -76,6 +76,9 @@ class Queries:
     activation: str
 
 
+#: Aliases that stand for class predictions, which are comparable only between equal class lists: of one branch of the
+#: head, of its other one where there are two, and of all.
+CLASS_TAPS = ('logits', 'logits_one2one', 'branch_logits')
 #: Aliases of a model with queries: class logits ``[L, B, Q, C or C + 1]`` and boxes ``[L, B, Q, 4]`` (``cx, cy, w, h``
 #: in shares of the image) of its ``L`` decoder layers; the encoder's output ``[B, N, channels]``; and maps of its
 #: levels, whose cells follow each other in that output.

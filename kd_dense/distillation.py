@@ -299,13 +299,7 @@ class Distillers(nn.Module):
         active = self.active(context.progress)
         for name in list(active):
             method = active.pop(name)
-            s, t = (
-                {role: [x for n in getattr(pair, side) for x in values[n]] for role, pair in method.taps.items()}
-                for side, values in (('student', student), ('teacher', teacher))
-            )
-            for role, levels in ((role, self._levels.get((name, role))) for role in t):
-                if levels is not None:
-                    t[role] = [t[role][i] for i in levels]
+            s, t = self.by_role(name, 'student', student), self.by_role(name, 'teacher', teacher)
             for side, values in (('student', student), ('teacher', teacher)):
                 for unused in set(values) - set(self.tap_names(side, active)):
                     del values[unused]
@@ -326,6 +320,20 @@ class Distillers(nn.Module):
         student.clear()
         teacher.clear()
         return losses
+
+    def by_role(self, name: str, side: str, values: Mapping[str, list[Tensor]]) -> dict[str, list[Tensor]]:
+        """Role -> tensors of one side, as the distiller ``name`` is given them.
+
+        Args:
+            side: ``'student'`` or ``'teacher'``.
+            values: tap name -> tensors.
+        """
+        taps = self.methods[name].taps
+        found = {role: [x for n in getattr(pair, side) for x in values[n]] for role, pair in taps.items()}
+        for role in taps if side == 'teacher' else ():
+            if (levels := self._levels.get((name, role))) is not None:
+                found[role] = [found[role][i] for i in levels]
+        return found
 
     def calibrates(self, active: Mapping[str, Distiller]) -> bool:
         """Will the next forward of the ``active`` distillers calibrate an ``auto`` weight?

@@ -2,7 +2,8 @@
 """Run the teacher of a config once, over a bank of augmented views of the training set, and keep what its taps give.
 
     python tools/cache_teacher.py CONFIG
-    python tools/cache_teacher.py CONFIG --views 8 --top-k 5
+    python tools/cache_teacher.py CONFIG --views 8 --top-k 5                  # few class logits of a segmenter
+    python tools/cache_teacher.py CONFIG --views 8 --anchors 300 --top-k 5    # and of a detector with a sigmoid head
 
 For a pre-training (docs/pretraining.md) the teacher is a classifier, of which the 100 largest probabilities are kept.
 
@@ -34,6 +35,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add('--views', type=int, default=default.views, metavar='V', help='augmented versions of each image (default: 4)')
     add('--seed', type=int, default=default.seed, help='of the views (default: 0)')
     add('--top-k', type=int, metavar='K', help='keep K classes at each position (default: all; of a classifier 100)')
+    add('--anchors', type=int, metavar='M', help='of a dense sigmoid head keep M anchors of an image (default: all)')
     add('--store', choices=('fp16', 'int8'), default=default.store, help='how all else is kept (default: fp16)')
     add('--max-gb', type=float, default=default.max_bytes / 1e9, metavar='GB', help='largest size (default: 100)')
     add('--shard-mb', type=float, default=256, metavar='MB', help='size of a file (default: 256)')
@@ -53,6 +55,7 @@ def main(argv: list[str] | None = None) -> None:
         views=args.views,
         seed=args.seed,
         top_k=args.top_k,
+        anchors=args.anchors,
         store=args.store,
         max_bytes=int(args.max_gb * 1e9),
         shard_bytes=int(args.shard_mb * 1e6),

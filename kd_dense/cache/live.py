@@ -12,6 +12,7 @@ import torch
 from mmengine.dataset import pseudo_collate
 from torch import Tensor
 
+from kd_dense.context import Context
 from kd_dense.description import ROI_TAPS
 from kd_dense.errors import ConfigError
 from kd_dense.models.distillation import Distillation
@@ -49,6 +50,10 @@ class LiveOutputs(ABC):
     @abstractmethod
     def run(self, group: Sequence[dict]) -> dict[str, list[Tensor]]:
         """Tap name -> tensors of the batch of what :meth:`prepared` returned, on equal canvases."""
+
+    def context(self, data: dict) -> Context:
+        """What a distiller that compares class logits may know about what :meth:`prepared` returned."""
+        return Context(tuple(data['inputs'].shape[2:]))
 
     def __call__(self, samples: Sequence[dict]) -> list[dict[str, list[Tensor]]]:
         """For each sample: tap name -> tensors without the batch dimension."""
@@ -99,6 +104,10 @@ class DistillationOutputs(LiveOutputs):
     def prepared(self, sample: dict) -> dict:
         """By the student's data preprocessor."""
         return self.model.data_preprocessor(pseudo_collate([sample]), True)
+
+    def context(self, data: dict) -> Context:
+        """As in a training step: labels and padding too."""
+        return self.model.context(data['inputs'], data['data_samples'])
 
     def run(self, group: Sequence[dict]) -> dict[str, list[Tensor]]:
         """As the training step does."""

@@ -8,8 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kd_dense.cache.int8 import from_int8, to_int8
+from kd_dense.cache.sparse import NOTHING, from_sparse, to_sparse
 from kd_dense.errors import DistillationError
 
+#: Tap name -> classes kept of each position, and all classes; of sigmoid heads a third number, the anchors kept of an
+#: image. In ``cache.json`` as lists.
+TopK = Mapping[str, Sequence[int]]
 #: Largest finite number of fp16.
 LARGEST = 65504.0
 #: Least probability of a class: the tail may be 0 in fp16, and the logarithm is taken.
@@ -46,38 +51,12 @@ def from_top_k(probabilities: Tensor, classes: Tensor, num_classes: int) -> Tens
     return (full / full.sum(1, keepdim=True)).log()
 
 
-def to_int8(tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """256 levels for each channel, evenly from its smallest to its largest number.
-
-    ``q = round((x - low) / step)`` with ``step = (high - low) / 255``. Not symmetric around zero: behind a ReLU, and in
-    class logits of rare objects, half of the levels would stay empty. Nothing is cut off; where single numbers are far
-    from all others, the others get few levels. The choice is ours.
-
-    Args:
-        tensor: a map ``[C, h, w]``, or tokens ``[..., C]``.
-
-    Returns:
-        ``q`` in uint8, in the shape of ``tensor``; ``low`` and ``step``, fp32, ``[2, C, 1, 1]`` or ``[2, 1, ..., C]``.
-    """
-    x = tensor.float()
-    positions = (1, 2) if x.dim() == 3 else tuple(range(x.dim() - 1))
-    low, high = x.amin(positions, keepdim=True), x.amax(positions, keepdim=True)
-    step = (high - low) / 255
-    levels = ((x - low) / step.clamp(min=torch.finfo(step.dtype).tiny)).round_()
-    return levels.to(torch.uint8), torch.stack([low, step])
-
-
-def from_int8(levels: Tensor, scale: Tensor) -> Tensor:
-    """``low + q * step``, fp32, of what :func:`to_int8` returned."""
-    return torch.addcmul(scale[0], levels, scale[1])
-
-
-def pack(outputs: Mapping[str, Sequence[Tensor]], top_k: Mapping[str, int], store: str = 'fp16') -> dict[str, Tensor]:
+def pack(outputs: Mapping[str, Sequence[Tensor]], top_k: TopK, store: str = 'fp16') -> dict[str, Tensor]:
     """Tensors to keep of one sample, on the CPU.
 
     Args:
         outputs: tap name -> tensors without the batch dimension.
-        top_k: taps of class logits of which only so many classes are kept.
+        top_k: taps of class logits of which only a part is kept.
         store: ``'fp16'`` or ``'int8'``: how the others are kept. What has one number for each channel stays in fp16.
 
     Raises:
@@ -85,19 +64,17 @@ def pack(outputs: Mapping[str, Sequence[Tensor]], top_k: Mapping[str, int], stor
     """
     packed = {}
     for t, (name, tensors) in enumerate(outputs.items()):
+        for tensor in tensors:
+            _check_range(name, tensor)
+        if is_sparse(name, top_k):
+            packed |= {f't{t}_{part}': tensor for part, tensor in _sparse(tensors, top_k[name]).items()}
+            continue
         for i, tensor in enumerate(tensors):
             key = f't{t}_{i}'
             if not tensor.is_floating_point():
                 packed[key] = tensor.cpu().contiguous()
-                continue
-            largest = float(tensor.abs().max()) if tensor.numel() else 0.0
-            if not largest <= LARGEST:
-                raise DistillationError(
-                    f'teacher: its output at {name!r} reaches {largest:g} for a training image, which fp16 can not '
-                    'hold; check its checkpoint, or tap another place'
-                )
-            if name in top_k:
-                parts = to_top_k(tensor, top_k[name])
+            elif name in top_k:
+                parts = to_top_k(tensor, top_k[name][0])
                 packed[f'{key}_p'], packed[f'{key}_c'] = (part.cpu().contiguous() for part in parts)
             elif store == 'int8' and tensor.dim() > 1:
                 packed[key], packed[f'{key}_s'] = (part.cpu().contiguous() for part in to_int8(tensor))
@@ -106,20 +83,22 @@ def pack(outputs: Mapping[str, Sequence[Tensor]], top_k: Mapping[str, int], stor
     return packed
 
 
-def unpack(
-    samples: Sequence[Mapping[str, Tensor]], taps: Mapping[str, int], top_k: Mapping[str, tuple[int, int]]
-) -> dict[str, list[Tensor]]:
+def unpack(samples: Sequence[Mapping[str, Tensor]], taps: Mapping[str, int], top_k: TopK) -> dict[str, list[Tensor]]:
     """Tap name -> tensors ``[B, ...]`` as the teacher would give them for the batch, fp32.
 
-    Maps of images on different canvases get zeros at the right and at the bottom, where the padding of the batch is.
+    Maps of images on different canvases get zeros at the right and at the bottom, where the padding of the batch is;
+    class logits of sigmoid heads of which a part was kept, :data:`~kd_dense.cache.sparse.NOTHING`.
 
     Args:
         samples: what :func:`pack` returned, of each image.
         taps: tap name -> number of its tensors, in the order in which they were packed.
-        top_k: tap name -> classes that were kept, and all classes.
+        top_k: as they were packed with.
     """
     outputs = {}
     for t, (name, count) in enumerate(taps.items()):
+        if is_sparse(name, top_k):
+            outputs[name] = _from_sparse(samples, t, count, name)
+            continue
         outputs[name] = []
         for i in range(count):
             key = f't{t}_{i}'
@@ -134,7 +113,59 @@ def unpack(
     return outputs
 
 
-def _batch(tensors: list[Tensor], name: str) -> Tensor:
+def size_of(packed: Mapping[str, Tensor]) -> int:
+    """Bytes of what :func:`pack` returned."""
+    return sum(t.numel() * t.element_size() for t in packed.values())
+
+
+def is_sparse(name: str, top_k: TopK) -> bool:
+    """Are only some anchors of this tap kept?"""
+    return len(top_k.get(name, ())) == 3
+
+
+def probabilities(logits: Tensor, name: str, top_k: TopK) -> Tensor:
+    """Of the class logits of a tap of which a part is kept: how the kept and the live ones are to be compared.
+
+    Where a probability is small, logits differ by much that makes no difference; and which of two equal ones is kept is
+    chance.
+    """
+    return logits.sigmoid() if is_sparse(name, top_k) else logits.exp()
+
+
+def _check_range(name: str, tensor: Tensor) -> None:
+    largest = float(tensor.abs().max()) if tensor.is_floating_point() and tensor.numel() else 0.0
+    if not largest <= LARGEST:
+        raise DistillationError(
+            f'teacher: its output at {name!r} reaches {largest:g} for a training image, which fp16 can not hold; check '
+            'its checkpoint, or tap another place'
+        )
+
+
+def _sparse(levels: Sequence[Tensor], kept: Sequence[int]) -> dict[str, Tensor]:
+    """What :func:`to_sparse` keeps, and of each level an empty tensor ``[A, 0, h, w]``.
+
+    That is a shape without a number, which is known without a copy from the device where the batch is made.
+    """
+    k, num_classes, anchors = kept
+    parts = {name: part.cpu().contiguous() for name, part in to_sparse(levels, num_classes, anchors, k).items()}
+    shapes = ((x.shape[0] // num_classes, 0, *x.shape[1:]) for x in levels)
+    return parts | {str(i): torch.empty(shape, dtype=torch.float16) for i, shape in enumerate(shapes)}
+
+
+def _from_sparse(samples: Sequence[Mapping[str, Tensor]], t: int, count: int, name: str) -> list[Tensor]:
+    sizes = [[(s.shape[0], *s.shape[2:]) for s in (sample[f't{t}_{i}'] for i in range(count))] for sample in samples]
+    parts = [part for part in 'ivcrqsmb' if f't{t}_{part}' in samples[0]]
+    canvases = [samples] if all(size == sizes[0] for size in sizes) else [[sample] for sample in samples]
+    levels = [
+        from_sparse({part: torch.stack([s[f't{t}_{part}'] for s in alike]) for part in parts}, size)
+        for alike, size in zip(canvases, sizes, strict=False)
+    ]
+    if len(levels) == 1:
+        return levels[0]
+    return [_batch([image[0] for image in level], name, NOTHING) for level in zip(*levels, strict=True)]
+
+
+def _batch(tensors: list[Tensor], name: str, padding: float = 0.0) -> Tensor:
     shapes = {t.shape for t in tensors}
     if len(shapes) == 1:
         return torch.stack(tensors)
@@ -144,4 +175,4 @@ def _batch(tensors: list[Tensor], name: str) -> Tensor:
             'and is no map that could be padded; crop all images to one size'
         )
     h, w = (max(shape[axis] for shape in shapes) for axis in (1, 2))
-    return torch.stack([F.pad(t, (0, w - t.shape[2], 0, h - t.shape[1])) for t in tensors])
+    return torch.stack([F.pad(t, (0, w - t.shape[2], 0, h - t.shape[1]), value=padding) for t in tensors])

@@ -48,7 +48,7 @@ class Manifest:
         seed: of the views.
         shard_records: records of each shard but the last.
         taps: tap name -> number of its tensors.
-        top_k: tap name -> classes kept of each position, and all classes.
+        top_k: taps of which a part is kept, see :data:`kd_dense.cache.records.TopK`.
         fingerprint: see :mod:`kd_dense.cache.fingerprint`.
         teacher: what distillers are told about the teacher, see :mod:`kd_dense.cache.teacher`.
         complete: are all shards there?
@@ -63,7 +63,7 @@ class Manifest:
     seed: int
     shard_records: int
     taps: dict[str, int]
-    top_k: dict[str, tuple[int, int]]
+    top_k: dict[str, tuple[int, ...]]
     fingerprint: dict[str, Any]
     teacher: dict[str, Any]
     complete: bool = False

@@ -10,11 +10,13 @@ from mmengine.logging import print_log
 from torch.utils.data import DataLoader
 
 from kd_dense.cache import fingerprint
+from kd_dense.cache.acceptance import TOLERANCE_IN_TRAINING, accepted, check_readers
 from kd_dense.cache.dataset import CachedTeacherDataset, WithOutputs
 from kd_dense.cache.live import DistillationOutputs, LiveOutputs, check_hooks, crc_of_image, difference
-from kd_dense.cache.records import pack, unpack
+from kd_dense.cache.records import pack, probabilities, unpack
 from kd_dense.cache.store import StoredCache
 from kd_dense.cache.views import ViewSampler
+from kd_dense.distillation import Distillers
 from kd_dense.errors import ConfigError
 from kd_dense.models.distillation import Distillation, check_teacher
 from kd_dense.random_state import preserve_random_state
@@ -54,6 +56,7 @@ def verify(cfg: Mapping, model: Distillation, loader: DataLoader, count: int = 4
         )
     check_hooks(cfg)
     cache = model.teacher.cache
+    check_readers(model.distillers, cache.manifest.top_k, 'teacher.cache')
     fingerprint.check(cache.manifest.fingerprint, fingerprint.fingerprint(cfg), cache.folder, dataset.key)
     samples = replayed_alike(dataset, count)
     options = check_teacher(cfg['model']['teacher'])
@@ -63,7 +66,8 @@ def verify(cfg: Mapping, model: Distillation, loader: DataLoader, count: int = 4
     with preserve_random_state():
         live = Distillation(model.student, dict(options, cache=None), cfg['model']['distillers'])
     live.to(next(model.student.parameters()).device)
-    print_log(compared(DistillationOutputs(live), samples, cache), 'current')
+    for sentence in compared(DistillationOutputs(live), live.distillers, samples, cache):
+        print_log(sentence, 'current')
     return live
 
 
@@ -89,17 +93,20 @@ def replayed_alike(bank: WithOutputs, count: int = 4) -> dict[tuple[int, int], d
     return samples
 
 
-def compared(teacher: LiveOutputs, samples: Mapping[tuple[int, int], dict], cache: StoredCache) -> str:
-    """A sentence about how far the outputs of the live teacher are from those that were kept.
+def compared(
+    teacher: LiveOutputs, distillers: Distillers, samples: Mapping[tuple[int, int], dict], cache: StoredCache
+) -> list[str]:
+    """Sentences: how far the outputs of the live teacher are from those that were kept, and what it changes that only
+    a part of them was.
 
     Args:
+        distillers: set up with the live teacher.
         samples: see :func:`replayed_alike`.
 
     Raises:
-        ConfigError: further than :data:`TOLERANCE`.
+        ConfigError: further than :data:`TOLERANCE`, or more than is accepted, see :mod:`kd_dense.cache.acceptance`.
     """
     manifest = cache.manifest
-    keep = {name: k for name, (k, _) in manifest.top_k.items()}
     worst = 0.0
     with torch.no_grad():
         for (view, index), sample in samples.items():
@@ -108,13 +115,20 @@ def compared(teacher: LiveOutputs, samples: Mapping[tuple[int, int], dict], cach
             cached = unpack([cache.read(index, view).tensors], manifest.taps, manifest.top_k)
             taps = {name: len(tensors) for name, tensors in outputs.items()}
             top_k = {n: k for n, k in manifest.top_k.items() if n in taps}
-            now = unpack([pack(outputs, keep, manifest.store)], taps, top_k)
+            now = unpack([pack(outputs, manifest.top_k, manifest.store)], taps, top_k)
             for name, tensors in now.items():
-                found = max(difference(a, b) for a, b in zip(cached[name], tensors, strict=True))
+                pairs = list(zip(cached[name], tensors, strict=True))
+                if name in manifest.top_k:
+                    pairs = [tuple(probabilities(x, name, manifest.top_k) for x in pair) for pair in pairs]
+                found = max(difference(a, b) for a, b in pairs)
                 if not found <= TOLERANCE:
                     raise ConfigError(
                         f'teacher.cache: at the tap {name!r} cached and live outputs differ by {found:.1%} for view '
                         f'{view} of image {index}, and {TOLERANCE:.0%} are accepted; write the cache again'
                     )
                 worst = max(worst, found)
-    return f'cached and live outputs of the teacher differ by at most {worst:.2g} of their length'
+    key = f'teacher.cache: what {cache.folder} keeps of the class logits'
+    return [
+        f'cached and live outputs of the teacher differ by at most {worst:.2g} of their length',
+        *accepted(distillers, teacher, list(samples.values()), manifest.top_k, key, TOLERANCE_IN_TRAINING),
+    ]

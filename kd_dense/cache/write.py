@@ -17,14 +17,15 @@ from tqdm import tqdm
 
 from kd_dense import checkpoint as checkpoints
 from kd_dense.cache import fingerprint
+from kd_dense.cache.acceptance import accepted, check_readers
 from kd_dense.cache.live import crc_of_image, difference
-from kd_dense.cache.records import pack, unpack
+from kd_dense.cache.records import pack, size_of, unpack
 from kd_dense.cache.source import MMEngineSource, Source
 from kd_dense.cache.store import CHECK_BYTES, MANIFEST, Manifest, Record, StoredCache, shard_path, write_shard
 from kd_dense.cache.teacher import write_description
 from kd_dense.cache.verify import TOLERANCE
 from kd_dense.cache.views import ViewBank, view_seed
-from kd_dense.description import Logits
+from kd_dense.description import CLASS_TAPS, Logits
 from kd_dense.engine.run import is_pretraining, is_yolo
 from kd_dense.errors import ConfigError, DistillationError, Interrupted
 from kd_dense.failures import _NO_ROOM, as_sentences
@@ -43,6 +44,7 @@ class WriteOptions:
         views: augmented versions of each sample.
         seed: of the views.
         top_k: keep so many classes of the class logits at every position; ``None``: keep all.
+        anchors: of a dense sigmoid head, keep so many anchors of each image; ``None``: keep all.
         store: how all else is kept: ``'fp16'``, or ``'int8'`` for half the size.
         max_bytes: the cache may not become larger.
         shard_bytes: about the size of one file: what is lost at most when the writer is killed.
@@ -54,6 +56,7 @@ class WriteOptions:
     views: int = 4
     seed: int = 0
     top_k: int | None = None
+    anchors: int | None = None
     store: str = 'fp16'
     max_bytes: int = 100 * 10**9
     shard_bytes: int = 1 << 28
@@ -127,37 +130,59 @@ class Writer:
 
     # -- planning ------------------------------------------------------------------------------------------------------
 
-    def _kept_classes(self) -> dict[str, tuple[int, int]]:
-        """Tap name -> classes to keep of each position, and all classes."""
-        k = self.options.top_k
-        if k is None:
+    def _kept_classes(self) -> dict[str, tuple[int, ...]]:
+        """Of the taps of which a part is to be kept, see :data:`~kd_dense.cache.records.TopK`."""
+        k, anchors = self.options.top_k, self.options.anchors
+        if k is None and anchors is None:
             return {}
-        names = [n for n in self.live.names if n.split(':')[0] in ('logits', 'branch_logits')]
+        option = '--top-k' if anchors is None else '--anchors'
+        names = [n for n in self.live.names if n.split(':')[0] in CLASS_TAPS]
         logits = self.distillers.description('teacher').logits
-        if not names or not isinstance(logits, Logits) or (logits.activation, logits.layout) != ('softmax', 'map'):
+        if not names or not isinstance(logits, Logits) or logits.layout != 'map':
             raise ConfigError(
-                "--top-k: needs a distiller that taps 'logits' of a teacher with a softmax over the classes of each "
-                'position; leave it out'
+                f"{option}: needs a distiller that taps 'logits' of a teacher that has them for each position; leave "
+                'it out'
             )
-        for owner, method in self.distillers.methods.items():
-            taps = [tap for pair in method.taps.values() for tap in pair.teacher]
-            if not method.softmax_only and set(taps) & set(names):
-                raise ConfigError(
-                    f'--top-k: distillers.{owner} ({type(method).__name__}) reads more of the class logits than their '
-                    'softmax, which few classes can not give back; leave it out'
-                )
+        check_readers(self.distillers, names, option)
+        if logits.activation == 'sigmoid':
+            return dict.fromkeys(names, self._kept_anchors(logits.num_classes))
+        if anchors is not None:
+            raise ConfigError(
+                '--anchors: is for sigmoid heads, and that of this teacher has a softmax over the classes; use --top-k'
+            )
+        shapes = self.distillers.dry_forward('teacher')[0]
+        if any(x.shape[1] != logits.num_classes for name in names for x in shapes[name]):
+            raise ConfigError('--top-k: the softmax head of this teacher has several anchors per cell; leave it out')
         if not 1 <= k < logits.num_classes:
             raise ConfigError(f'--top-k: must be from 1 to {logits.num_classes - 1}, fewer than all classes, not {k}')
         return dict.fromkeys(names, (k, logits.num_classes))
+
+    def _kept_anchors(self, num_classes: int) -> tuple[int, int, int]:
+        k, anchors = self.options.top_k, self.options.anchors
+        if anchors is None:
+            raise ConfigError(
+                '--top-k: the classes of this sigmoid head do not share one probability, so few of them say nothing '
+                'about the others; add --anchors, such as --anchors 300, or leave it out'
+            )
+        if anchors < 1:
+            raise ConfigError(f'--anchors: must be at least 1, not {anchors}')
+        k = num_classes if k is None else k
+        if not 1 <= k <= num_classes:
+            raise ConfigError(f'--top-k: must be from 1 to the {num_classes} classes of the teacher, not {k}')
+        return k, num_classes, anchors
 
     def _plan(self, found: dict, classes: Iterable[str] | None) -> tuple[float, Manifest]:
         """Bytes of a record, and the manifest."""
         total = len(self.bank) * self.bank.views
         numbers = sorted({i * total // min(8, total) for i in range(min(8, total))})  # spread over images and views
-        packed = [self._pack([self.records[n]])[n].tensors for n in numbers]
+        records = [self.records[n] for n in numbers]
+        packed = [self._pack([record])[record[0]].tensors for record in records]
+        samples = [sample for _, _, sample in records]
+        if self.top_k and not self.rows:  # soft labels are what is trained on, not an approximation of something
+            self._check_kept(samples)
         if self.options.store != 'fp16':
-            self._check_digits([self.records[n][2] for n in numbers])
-        size = sum(t.numel() * t.element_size() for tensors in packed for t in tensors.values()) / len(packed)
+            self._check_digits(samples)
+        size = sum(map(size_of, packed)) / len(packed)
         size += CHECK_BYTES * self.rows
         taps, teacher = self._about_teacher(classes)
         manifest = Manifest(
@@ -173,6 +198,28 @@ class Writer:
             rows=self.rows,
         )
         return size, manifest
+
+    def _check_kept(self, samples: Sequence[dict]) -> None:
+        """What training sees of it that a part of the class logits is kept.
+
+        Raises:
+            ConfigError: more than is accepted.
+        """
+        options = {'--anchors': self.options.anchors, '--top-k': self.options.top_k}
+        given = ' '.join(f'{name} {value}' for name, value in options.items() if value is not None)
+        part = whole = 0
+        for sample in samples:
+            (output,) = self.live([sample])
+            output = {name: output[name] for name in self.top_k}
+            part += size_of(pack(output, self.top_k))
+            whole += size_of(pack(output, {}, self.options.store))
+        if part >= whole:
+            raise ConfigError(
+                f'{given}: takes {part} bytes for {len(samples)} views, and all class logits take {whole}; keep less, '
+                'or leave it out'
+            )
+        for sentence in accepted(self.distillers, self.live, samples, self.top_k, given):
+            print_log(sentence, 'current')
 
     def _check_digits(self, samples: Sequence[dict]) -> None:
         """What is lost in 8 bits, of each tap.
@@ -231,7 +278,7 @@ class Writer:
             f'{free / 1e9:.3g} GB are free',
             'current',
         )
-        remedy = 'choose fewer --views, smaller taps, --store int8, or --top-k for class logits'
+        remedy = 'choose fewer --views, smaller taps, --store int8, or --top-k or --anchors for class logits'
         if whole > self.options.max_bytes:
             raise ConfigError(
                 f'teacher.cache: would take {whole / 1e9:.3g} GB and {self.options.max_bytes / 1e9:.3g} GB are '
@@ -310,12 +357,11 @@ class Writer:
     def _pack(self, batch: list[tuple[int, int, dict]]) -> dict[int, Record]:
         """Record number -> what is kept of it."""
         outputs = self.live([sample for _, _, sample in batch])
-        keep = {name: k for name, (k, _) in self.top_k.items()}
         packed = {}
         for (number, image, _), output in zip(batch, outputs, strict=True):
             view, index = divmod(number, len(self.bank))
             packed[number] = Record(
-                view_seed(self.bank.seed, index, view), image, pack(output, keep, self.options.store)
+                view_seed(self.bank.seed, index, view), image, pack(output, self.top_k, self.options.store)
             )
         return packed
 

@@ -59,15 +59,16 @@ class Distiller(nn.Module):
             :func:`matched_levels`.
         needs_boxes: without any ground-truth box in a batch there is nothing to compare: its losses may be 0 then, and
             neither that they are not nor an ``auto`` weight is found out on such a batch.
-        softmax_only: of the teacher's class logits it reads only the softmax over the classes, so that their
-            log-probabilities do as well.
+        probabilities_only: it compares class logits of both sides and nothing else, and of the teacher's it reads only
+            the probabilities that they stand for, so that log-probabilities of a softmax head do as well, and a cache
+            may keep a part of them.
     """
 
     taps: dict[str, TapPair]
     default_loss_weight: float | str | Mapping = 1.0
     matches_levels: bool = True
     needs_boxes: bool = False
-    softmax_only: bool = False
+    probabilities_only: bool = False
 
     def setup(self, student: Probe, teacher: Probe) -> None:
         """Told once, before training, what shapes to expect; builds whatever depends on them.

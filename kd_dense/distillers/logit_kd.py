@@ -36,7 +36,7 @@ class LogitKD(Distiller):
         use_mask: leave padding and ignored pixels out.
     """
 
-    softmax_only = True
+    probabilities_only = True
 
     def __init__(self, taps: TapConfig = 'logits', temperature: float = 1.0, use_mask: bool = True) -> None:
         super().__init__()

@@ -67,7 +67,7 @@ def verify(cfg: Config, loader: DataLoader, count: int = 4) -> float | None:
 def _distance(teacher: ClassifierOutputs, sample: Mapping, cache: StoredCache, where: tuple[int, int]) -> float:
     view, index = where
     top_k = cache.manifest.top_k
-    live = pack(teacher([sample])[0], {LOGITS: top_k[LOGITS][0]})
+    live = pack(teacher([sample])[0], top_k)
     kept = cache.read(index, view).tensors
     p, q = (_probabilities(tensors, top_k) for tensors in (kept, live))
     found = float((p - q).abs().sum() / 2) if p.shape == q.shape else 1.0

@@ -33,6 +33,8 @@ class LabelWriter(Writer):
         classes, k = self.live.classifier.num_classes, self.options.top_k
         if self.options.store != 'fp16':
             raise ConfigError('--store: the probabilities of a classifier are kept in fp16; leave it out')
+        if self.options.anchors is not None:
+            raise ConfigError('--anchors: is for detectors, and the teacher is a classifier; leave it out')
         k = min(TOP_K, classes) if k is None else k
         if not 1 <= k <= classes:
             raise ConfigError(f'--top-k: must be from 1 to the {classes} classes of the teacher, not {k}')
@@ -42,7 +44,7 @@ class LabelWriter(Writer):
         """As the base class, for the whole batch at once."""
         classifier = self.live.classifier
         logits = classifier(classifier.prepared(self.live.images([sample for _, _, sample in batch])))
-        packed = pack({LOGITS: [logits.T]}, {LOGITS: self.top_k[LOGITS][0]})  # [K, B] each
+        packed = pack({LOGITS: [logits.T]}, self.top_k)  # [K, B] each
         records = {}
         for i, (number, image, _) in enumerate(batch):
             view, index = divmod(number, len(self.bank))

@@ -14,9 +14,6 @@ from kd_dense.errors import ConfigError
 from kd_dense.taps import Taps
 from kd_dense.teacher import Normalization
 
-#: Aliases that stand for class predictions, which are comparable only between equal class lists.
-CLASS_ALIASES = ('logits', 'logits_one2one', 'branch_logits')
-
 
 def describe(model: nn.Module) -> Description:
     """Describe an Ultralytics model, student or teacher.

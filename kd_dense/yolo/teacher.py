@@ -13,7 +13,7 @@ from ultralytics.nn.tasks import BaseModel, torch_safe_load
 from ultralytics.utils import LOGGER
 
 from kd_dense.checkpoint import CheckpointError, check_readable
-from kd_dense.description import Description
+from kd_dense.description import CLASS_TAPS, Description
 from kd_dense.distillation import Distillers
 from kd_dense.errors import ConfigError, closest
 from kd_dense.execution import Execution
@@ -21,7 +21,7 @@ from kd_dense.random_state import preserve_random_state
 from kd_dense.taps import Taps
 from kd_dense.teacher import LoadReport, load_weights, match_classes
 from kd_dense.yolo import mmdet_teacher
-from kd_dense.yolo.describe import CLASS_ALIASES, channels, class_names, describe, forward_for
+from kd_dense.yolo.describe import channels, class_names, describe, forward_for
 
 #: Keys of ``teacher`` in a config, with their defaults.
 OPTIONS = {
@@ -172,7 +172,7 @@ def check_class_taps(distillers: Distillers, teacher: Mapping) -> None:
         return
     for name, method in distillers.methods.items():
         for pair in method.taps.values():
-            if pair.teacher and any(tap.split(':')[0] in CLASS_ALIASES for tap in pair.student):
+            if pair.teacher and any(tap.split(':')[0] in CLASS_TAPS for tap in pair.student):
                 raise ConfigError(
                     f"teacher.classes: 'ignore' is for features, but distillers.{name} compares class predictions; map "
                     "the names with classes={'student name': 'teacher name'}"

@@ -16,6 +16,7 @@ from ultralytics.data.augment import Albumentations, Compose, Mosaic
 from ultralytics.utils import LOGGER, RANK
 
 from kd_dense.cache import fingerprint
+from kd_dense.cache.acceptance import check_readers
 from kd_dense.cache.dataset import WithOutputs
 from kd_dense.cache.live import LiveOutputs
 from kd_dense.cache.store import StoredCache
@@ -215,6 +216,7 @@ def verify(trainer: Any, count: int = 4) -> None:
     """
     bank, options = trainer.train_loader.dataset, trainer.config.teacher
     cache = bank.cache
+    check_readers(trainer.distillation.distillers, cache.manifest.top_k, 'teacher.cache')
     found = fingerprint_of(options, trainer.args, trainer.data)
     fingerprint.check(cache.manifest.fingerprint, found, cache.folder, bank.key)
     samples = replayed_alike(bank, count)
@@ -224,7 +226,8 @@ def verify(trainer: Any, count: int = 4) -> None:
         return
     with preserve_random_state():
         live = with_live_teacher(trainer.config, trainer.distillation.student_model)
-        say(compared(TeacherOutputs(live), samples, cache))
+        for sentence in compared(TeacherOutputs(live), live.distillers, samples, cache):
+            say(sentence)
 
 
 def with_live_teacher(config: YoloConfig, student: nn.Module) -> DistillationModel:

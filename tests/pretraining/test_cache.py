@@ -96,9 +96,11 @@ def test_k__of_which_there_are_not_so_many__one_sentence(config, tmp_path, k):
         write_cache(config, str(tmp_path), replace(OPTIONS, top_k=k))
 
 
-def test_int8__is_not_for_probabilities__one_sentence(config, tmp_path):
+def test_int8_and_anchors__are_not_for_probabilities__one_sentence(config, tmp_path):
     with pytest.raises(ConfigError, match=r'--store: the probabilities of a classifier are kept in fp16'):
         write_cache(config, str(tmp_path), replace(OPTIONS, store='int8'))
+    with pytest.raises(ConfigError, match=r'--anchors: is for detectors, and the teacher is a classifier'):
+        write_cache(config, str(tmp_path), replace(OPTIONS, anchors=5))
 
 
 def test_another_teacher_in_the_same_folder__one_sentence(cached, tmp_path):

@@ -24,5 +24,6 @@ def test_cache_and_train(config, call, capsys, tmp_path):
 def test_what_can_not_work__is_one_sentence(config, error, tmp_path):
     assert 'allow more with --max-gb' in error('cache_teacher', config, '--cache', tmp_path, '--max-gb', 1e-9)
     assert '--top-k: must be from 1 to 6' in error('cache_teacher', config, '--cache', tmp_path, '--top-k', 7)
+    assert '--anchors: is for sigmoid heads' in error('cache_teacher', config, '--cache', tmp_path, '--anchors', 9)
     said = error('train', config, '--work-dir', tmp_path / 'w', '--cfg-options', f'model.teacher.cache={tmp_path}')
     assert said.startswith('error: teacher.cache: there is no cache in ')

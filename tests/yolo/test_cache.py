@@ -16,6 +16,7 @@ from ultralytics.nn.tasks import DetectionModel
 
 from kd_dense import ConfigError
 from kd_dense.cache import cache_of, store
+from kd_dense.cache.records import size_of
 from kd_dense.cache.store import StoredCache, shard_path
 from kd_dense.cache.views import ViewSampler
 from kd_dense.cache.write import WriteOptions, write_cache
@@ -25,7 +26,7 @@ from kd_dense.yolo.run import _arguments, _on_views_of, train
 from kd_dense.yolo.trainer import DistillationTrainer, StudentTrainer
 from kd_dense.yolo.views import YoloViews, _all_transforms
 from tests.cache.test_write import Killed, check_goes_on, contents, dies_in
-from tests.yolo.helpers import FAST, build, save_model
+from tests.yolo.helpers import CLASSES, FAST, build, save_model, write_data
 
 ROOT = Path(__file__).parents[2]
 #: Eight images, two views.
@@ -33,6 +34,8 @@ OPTIONS = WriteOptions(views=2, shard_bytes=40_000, progress=False)
 #: All that draws, of images and of numbers.
 #: Slowly, so that the digits that fp16 loses do not grow.
 TRAIN = dict(FAST, epochs=2, lr0=1e-4, close_mosaic=0, mosaic=0.5, mixup=0.5, cutmix=0.3, degrees=10.0, flipud=0.5)
+#: Of which there are objects of the first two.
+MORE_CLASSES = (*CLASSES, 'triangle', 'star', 'cross', 'ring')
 DISTILLERS = dict(logits=dict(type='LogitKD'), mimic=dict(type='FeatureMimic', taps='model.16'))
 
 
@@ -214,6 +217,48 @@ def test_tool__writes_what_a_training_reads(write_config, tmp_path, capsys):
     assert scores['distilled'].extra_parameters > 0 and cache_of(cfg) == str(folder)
 
 
+# -- few anchors -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope='module')
+def sure_teacher(tmp_path_factory) -> str:
+    """Sees two of six classes in some places, and the others nowhere."""
+    model = build('yolo26', 0.1875, seed=1, names=MORE_CLASSES)
+    norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = 1.0
+    with torch.no_grad():
+        model.train()(torch.rand(8, 3, 64, 64))
+        for branches in (model.model[-1].cv3, model.model[-1].one2one_cv3):
+            for branch in branches:
+                branch[-1].weight *= torch.tensor([6.0, 6.0, 0.5, 0.5, 0.5, 0.5])[:, None, None, None]
+                branch[-1].bias.fill_(-6)
+    for norm in norms:
+        norm.momentum = 0.03
+    return str(save_model(model.eval(), tmp_path_factory.mktemp('sure') / 'teacher.pt'))
+
+
+def test_few_anchors__train_as_all_of_them(config, sure_teacher, student_yaml, tmp_path, monkeypatch):
+    """YOLO26 has two branches, and each of its distillers one of them."""
+    cfg = changed(config, **{'teacher.checkpoint': sure_teacher, 'train.epochs': 1})
+    cfg.student, cfg.data = student_yaml('yolo26'), str(write_data(tmp_path / 'data', names=MORE_CLASSES))
+    cfg.distillers = dict(many=dict(type='LogitKD'), one=dict(type='LogitKD', taps='logits_one2one'))
+    found = {}
+    for name, options in (('all', OPTIONS), ('few', replace(OPTIONS, anchors=30, top_k=2))):
+        folder = str(tmp_path / name)
+        manifest = write_cache(cfg, folder, options)
+        found[name] = losses(monkeypatch, changed(cfg, **{'teacher.cache': folder}), tmp_path / f'run_{name}')
+    assert manifest.top_k == {'logits': [2, 6, 30], 'logits_one2one': [2, 6, 30]}
+    record = StoredCache.load(tmp_path / 'few').read(0, 0).tensors
+    # 84 places with the best class, 30 with two classes and what is left, the means of three levels, least and step
+    assert size_of(record) == 2 * (2 * 84 + 30 * (2 + 2 * (2 + 1) + 2) + 3 * 6 * 4 + 8)
+    assert np.allclose(found['few'][:, :-2], found['all'][:, :-2], rtol=1e-3)
+    assert np.allclose(found['few'], found['all'], rtol=0.1) and not np.array_equal(found['few'], found['all'])
+    cfg = changed(cfg, **{'teacher.cache': folder, 'distillers.many': dict(type='CWD', taps='logits')})
+    with pytest.raises(ConfigError, match=r'teacher\.cache: distillers\.many \(CWD\) needs all of the class logits'):
+        started(cfg, tmp_path / 'refused')
+
+
 # -- refusals ----------------------------------------------------------------------------------------------------------
 
 
@@ -291,6 +336,6 @@ def test_config_that_can_not_be_cached__one_sentence(config, tmp_path):
     ):
         with pytest.raises(ConfigError, match=sentence):
             write_cache(changed(config, **changes), str(tmp_path / 'cache'), OPTIONS)
-    with pytest.raises(ConfigError, match=r"--top-k: needs a distiller that taps 'logits' of a teacher with a softmax"):
+    with pytest.raises(ConfigError, match=r'--top-k: the classes of this sigmoid head .*; add --anchors'):
         write_cache(config, str(tmp_path / 'cache'), replace(OPTIONS, top_k=1))
     assert not (tmp_path / 'cache' / 'cache.json').exists()
