@@ -1,6 +1,7 @@
 """Hooks for MMEngine's runner, and the functions that the tools call."""
 
 from kd_dense.engine.adaptation_hook import AdaptationHook
+from kd_dense.engine.deferred_log import DeferredLogHook
 from kd_dense.engine.gradient_hook import GradientHook
 from kd_dense.engine.hook import DistillationHook
 from kd_dense.engine.loops import ResumableEpochLoop
@@ -11,6 +12,7 @@ from kd_dense.engine.safety_hooks import FiniteHook, StopHook
 
 __all__ = [
     'AdaptationHook',
+    'DeferredLogHook',
     'DistillationHook',
     'FiniteHook',
     'GradientHook',

@@ -33,7 +33,7 @@ class AdaptationHook(Hook):
     of the teacher as ``teacher.METRIC``.
 
     It brings along :class:`FiniteHook`, :class:`RandomStateHook` and :class:`GradientHook`, where the config does not
-    name them.
+    name them, and :class:`DeferredLogHook` in the place of MMEngine's ``RuntimeInfoHook``.
 
     Args:
         evaluate_teacher: score the teacher too, after each validation of the student. Takes as long as that.

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from mmengine.runner import Runner
 
+from kd_dense.engine.deferred_log import defer_log
 from kd_dense.engine.gradient_hook import GradientHook
 from kd_dense.engine.random_state_hook import RandomStateHook
 from kd_dense.engine.safety_hooks import FiniteHook
 
 
 def bring_companions(runner: Runner) -> None:
-    """Register :class:`FiniteHook`, :class:`RandomStateHook` and :class:`GradientHook`, where there is none."""
+    """Register :class:`FiniteHook`, :class:`RandomStateHook` and :class:`GradientHook`, where there is none.
+
+    :class:`~kd_dense.engine.DeferredLogHook` takes the place of MMEngine's ``RuntimeInfoHook``.
+    """
+    defer_log(runner)
     for companion in (FiniteHook, RandomStateHook, GradientHook):
         if not any(isinstance(hook, companion) for hook in runner.hooks):
             runner.register_hook(companion())

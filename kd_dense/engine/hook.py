@@ -40,7 +40,7 @@ class DistillationHook(Hook):
     ``kd_dense``, beside the student's plain weights.
 
     It brings along :class:`FiniteHook`, :class:`RandomStateHook` and :class:`GradientHook`, where the config does not
-    name them.
+    name them, and :class:`DeferredLogHook` in the place of MMEngine's ``RuntimeInfoHook``.
 
     Args:
         score_teacher: run the validation loop once with the teacher before training. Takes as long as one validation.

@@ -20,7 +20,7 @@ class PretrainingHook(Hook):
     After training it logs how the weights are used.
 
     It brings along :class:`FiniteHook`, :class:`RandomStateHook` and :class:`GradientHook`, where the config does not
-    name them.
+    name them, and :class:`DeferredLogHook` in the place of MMEngine's ``RuntimeInfoHook``.
     """
 
     def before_run(self, runner: Runner) -> None:

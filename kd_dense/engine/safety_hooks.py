@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -25,18 +26,44 @@ FILE_NAME = 'interrupted.pth'
 class FiniteHook(Hook):
     """Stops the run when a loss is not finite, and writes no checkpoint with weights that are not.
 
-    Losses are looked up in MMEngine's log, into which MMEngine itself copies every one in every iteration: this asks
-    the device for nothing. Weights are checked once per checkpoint.
+    Losses are looked up in MMEngine's log. With :class:`~kd_dense.engine.DeferredLogHook` this waits until they have
+    been brought to the host anyway, which is when a line is logged; at the latest before a validation, before a
+    checkpoint is written, and at the end of an epoch. It says in which iteration it was. Weights are checked once per
+    checkpoint.
     """
 
     # The logger has printed the line by then, the moving average is in the checkpoint, and no file has been written.
     priority = 'LOW'
 
+    def __init__(self) -> None:
+        self._unread: list[tuple[int, list[str]]] = []  # iteration, names of its losses
+
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict | None = None
     ) -> None:
         logged = runner.message_hub.log_scalars
-        values = {k: logged[f'train/{k}'].current() for k in outputs or {} if 'loss' in k and f'train/{k}' in logged}
+        names = [k for k in outputs or {} if 'loss' in k and f'train/{k}' in logged]
+        self._unread.append((runner.iter + 1, names))
+        if not any(getattr(logged[f'train/{k}'], 'waits', False) for k in names):
+            self._read(runner)
+
+    def before_val(self, runner: Runner) -> None:
+        self._read(runner)
+
+    def after_train_epoch(self, runner: Runner) -> None:
+        self._read(runner)
+
+    def _read(self, runner: Runner) -> None:
+        """Look at the losses of the iterations since this was done last, the earliest first."""
+        unread, self._unread = self._unread, []
+        counts = Counter(name for _, names in unread for name in names)
+        logged = runner.message_hub.log_scalars
+        values = {name: iter(logged[f'train/{name}'].data[0][-n:].tolist()) for name, n in counts.items()}
+        for iteration, names in unread:
+            self._judge(runner, iteration, {name: next(values[name]) for name in names})
+
+    @staticmethod
+    def _judge(runner: Runner, iteration: int, values: dict[str, float]) -> None:
         wrong = {k: v for k, v in values.items() if not math.isfinite(v)}
         if not wrong:
             return
@@ -54,9 +81,10 @@ class FiniteHook(Hook):
                 else ('a loss of the student itself; look at its labels and at the learning rate')
             )
         found = ', '.join(f'{k} is {v}' for k, v in terms.items())
-        raise DistillationError(f'loss not finite in iteration {runner.iter + 1}: {found} ({cause}); {_kept(runner)}')
+        raise DistillationError(f'loss not finite in iteration {iteration}: {found} ({cause}); {_kept(runner)}')
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        self._read(runner)
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
         tensors = {n: p for n, p in model.named_parameters() if p.requires_grad}
         tensors |= {n: b for n, b in model.named_buffers() if n.endswith(('running_mean', 'running_var'))}
