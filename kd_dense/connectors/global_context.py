@@ -36,12 +36,14 @@ class GlobalContext(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """``mask``: boolean ``[B, 1, h, w]``, cells of which the mean is taken; all of them when ``None``."""
         self._single = x.shape[2] * x.shape[3] == 1
-        scores = self.where(x)
+        # As a product of matrices: backends of convolutions are slow where there is one output channel.
+        where = self.where.weight.flatten(1).expand(len(x), 1, -1)
+        scores = where @ x.flatten(2)
         if mask is not None:
             x = torch.where(mask, x, x.new_zeros(()))
             # the lowest finite number, not -inf: an image without any cell that counts must not become NaN
-            scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-        shares = scores.flatten(2).softmax(2).to(x.dtype)
+            scores = scores.masked_fill(~mask.flatten(2), torch.finfo(scores.dtype).min)
+        shares = scores.softmax(2).to(x.dtype)
         mean = (x.flatten(2) @ shares.transpose(1, 2)).squeeze(2)
         return self.expand(self.ln(self.squeeze(mean)).relu())[..., None, None]
 

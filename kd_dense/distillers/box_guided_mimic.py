@@ -16,7 +16,7 @@ from kd_dense.distillers.cwd import positive
 from kd_dense.distillers.feature_mimic import FeatureDistiller, mask_for
 from kd_dense.errors import ConfigError, closest
 from kd_dense.geometry.boxes import boxes_of, gaussian_sum, gaussian_union, gaussians, scale_mask, spans
-from kd_dense.losses.focal import attention, attention_distance, squared_error
+from kd_dense.losses.focal import attention, attention_distance, weighted_squares
 from kd_dense.losses.reduction import at_least_fp32, prepare, zero_outside
 from kd_dense.registry import DISTILLERS
 
@@ -134,16 +134,17 @@ class BoxGuidedMimic(FeatureDistiller):
             where = channels = None
             if self.temperature is not None:
                 where, channels = attention(t, self.temperature, mask)
+            difference = zero_outside(s - t, mask)
             if cells is not None:
                 cells = cells if where is None else cells * where
-                losses.setdefault('feature_loss', []).append(squared_error(s, t, cells, channels, mask))
+                losses.setdefault('feature_loss', []).append(weighted_squares(difference, cells, channels))
             if self.terms['attention']:
                 distance = sum(map(attention_distance, attention(s, self.temperature, mask), (where, channels)))
                 losses.setdefault('attention_loss', []).append(self.terms['attention'] * distance)
             if self.terms['relation']:
-                # both blocks are trained, so the teacher's stands on the side through which gradients flow
-                related = s + self.contexts[i](s, mask) - self.target_contexts[i](t, mask)
-                error = squared_error(related, t, mask=mask)
+                # both blocks are trained; what they add is one number for a channel, so their difference comes first
+                added = self.contexts[i](s, mask) - self.target_contexts[i](t, mask)
+                error = weighted_squares(zero_outside(difference + added, mask))
                 losses.setdefault('relation_loss', []).append(self.terms['relation'] * error)
         return {name: sum(values) for name, values in losses.items()}
 

@@ -6,8 +6,11 @@ student only.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from kd_dense.losses.reduction import at_least_fp32, prepare, zero_outside
 
@@ -68,10 +71,35 @@ def squared_error(
         Scalar; 0 when the mask is empty or the weights are 0.
     """
     student, teacher = prepare(student, teacher)
-    error = zero_outside(student - teacher, mask).square()
-    if channels is not None:
-        error = error * channels.detach()
-    if cells is not None:
-        # Summing over the channels first: the weights of the cells then meet one channel, not all of them.
-        error = error.sum(1, keepdim=True) * cells.detach()
-    return error.sum() / student.shape[0]
+    return weighted_squares(zero_outside(student - teacher, mask), cells, channels)
+
+
+def weighted_squares(difference: Tensor, cells: Tensor | None = None, channels: Tensor | None = None) -> Tensor:
+    """``sum_{b,c,x} cells_{b,x} channels_{b,c} D^2 / B`` of a difference ``D`` ``[B, C, h, w]``.
+
+    For several terms about one difference, which is then formed once. Keeps it for the backward and nothing else of its
+    size; can be differentiated once. The weights are as for :func:`squared_error`, constants.
+    """
+    return _WeightedSquares.apply(difference, cells, channels) / difference.shape[0]
+
+
+class _WeightedSquares(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, difference: Tensor, cells: Tensor | None, channels: Tensor | None) -> Tensor:
+        ctx.save_for_backward(difference, cells, channels)
+        error = difference.square()
+        if channels is not None:
+            error *= channels
+        if cells is not None:
+            # Summing over the channels first: the weights of the cells then meet one channel, not all of them.
+            error = error.sum(1, keepdim=True) * cells
+        return error.sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor, None, None]:
+        difference, cells, channels = ctx.saved_tensors
+        factor = 2 * outer if cells is None else 2 * outer * cells
+        if channels is None:
+            return difference * factor, None, None
+        return (difference * channels).mul_(factor), None, None

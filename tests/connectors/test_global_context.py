@@ -6,6 +6,7 @@ import torch
 
 from kd_dense.connectors.generation import Generation
 from kd_dense.connectors.global_context import GlobalContext
+from tests.helpers.dispatch import Operations
 
 
 def context_by_hand(block, x, mask=None):
@@ -37,6 +38,13 @@ def test_context_equals_numpy(masked):
     value = block(x, mask)
     assert value.shape == (2, 6, 1, 1)
     np.testing.assert_allclose(value.detach()[:, :, 0, 0], context_by_hand(block, x, mask), rtol=1e-10)
+
+
+def test_no_convolution_of_one_output_channel_runs():
+    x = torch.randn(2, 6, 4, 5, requires_grad=True)
+    with Operations() as operations:
+        GlobalContext(6)(x).sum().backward()
+    assert not [name for name in operations.counts if 'convolution' in name]
 
 
 def test_what_lies_outside_does_not_matter_and_an_empty_image_is_finite():

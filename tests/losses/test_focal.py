@@ -169,6 +169,21 @@ def test_squared_error_gradient_goes_to_the_student_only():
     assert all(x.grad is None for x in (teacher, cells, channels))
 
 
+def test_squared_error_keeps_the_difference_and_no_other_map():
+    student, teacher = maps(2, 3, 8, 8)
+    cells, channels = torch.rand(2, 1, 8, 8).double(), torch.rand(2, 3, 1, 1).double()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        value = squared_error(student.requires_grad_(), teacher, cells, channels)
+    full = [x for x in kept if x.shape == student.shape]
+    assert len(full) == 1 and torch.equal(full[0], (student - teacher).detach())
+    with Operations() as operations:
+        value.backward()
+    # the gradient is formed in place: one product makes a map, the other writes into it
+    assert operations.counts['mul_'] == 1 and operations.counts['pow'] == 0
+    torch.testing.assert_close(student.grad, (student - teacher).detach() * cells * channels)  # 2 / B is 1
+
+
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
 def test_half_precision_is_reduced_in_fp32(dtype):
     student, teacher = (300 * x.to(dtype) for x in maps(2, 4, 32, 32))
