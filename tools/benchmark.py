@@ -28,6 +28,7 @@ from tqdm import tqdm
 from kd_dense.analysis.benchmark import Bench, Options, Variant, benchmark, read_variant
 from kd_dense.analysis.benchmark.bench import RIVALS
 from kd_dense.analysis.benchmark.measure import WARMUP
+from kd_dense.analysis.benchmark.memory import keep_freed_memory
 from kd_dense.analysis.benchmark.report import markdown, write
 from kd_dense.analysis.doctor.environment import environment
 from kd_dense.analysis.doctor.quiet import quiet
@@ -89,6 +90,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
+    keep_freed_memory()
     if args.image_size and len(args.image_size) > 2:
         raise ConfigError('--image-size: give height and width, or one number for a square')
     size = tuple(args.image_size * 2)[:2] if args.image_size else None

@@ -89,6 +89,7 @@ class YoloBench(Bench):
         train.update(FIXED, imgsz=size, batch=batch, nbs=batch, seed=options.seed)
         train.update(optimizer=LONG_RUN if optimizer == 'auto' else optimizer)
         toolbox.names = class_names_of(self.settings.data, self.settings.student)
+        threads = torch.get_num_threads()
         data = write_images(
             Path(self.folder.name), batch, size, toolbox.names, options, _image_channels(self.settings.student)
         )
@@ -98,6 +99,7 @@ class YoloBench(Bench):
         toolbox.open_data()
         student = toolbox.build_student()
         (self.batch,) = toolbox.batches(1)
+        torch.set_num_threads(threads)  # its trainer has chosen another number on a CPU
         trainer = toolbox.trainer
         return Facts(
             toolbox=toolbox.name,

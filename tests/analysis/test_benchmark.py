@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import platform
+import resource
 import time
 from contextlib import contextmanager
 
@@ -15,10 +17,11 @@ from kd_dense import ConfigError
 from kd_dense.analysis.benchmark import Bench, Facts, Measured, Row, Variant, Work, benchmark, made_up, read_variant
 from kd_dense.analysis.benchmark import measure as measuring
 from kd_dense.analysis.benchmark.measure import WARMUP, Spread, measure
-from kd_dense.analysis.benchmark.memory import highest, kept, peak
+from kd_dense.analysis.benchmark.memory import highest, keep_freed_memory, kept, peak
 from kd_dense.analysis.benchmark.report import as_json, markdown, table, write
 from kd_dense.analysis.benchmark.variants import title_of
 from kd_dense.analysis.benchmark.waits import Waits
+from tests.helpers.processes import in_a_fork
 
 CPU = torch.device('cpu')
 FACTS = Facts('mmdet', 'cpu', (640, 672), 2, 'SGD', 'fp32', True, 32_000_000, 51_000_000)
@@ -169,6 +172,28 @@ def test_highest_sum_of_allocations():
     assert highest([]) == 0
     assert highest([-5, 3]) == 0  # what was there before is given back
     assert highest([4, 2, -4, 8, -2, -8]) == 10
+
+
+def _faults(kept_memory: bool) -> list[int]:
+    """Pages that the system has to give for a tensor of 64 MiB, time after time."""
+    if kept_memory:
+        assert keep_freed_memory()
+    found = []
+    for _ in range(4):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(16 * MIB)
+        found.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    return found
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='the options are those of glibc')
+def test_freed_memory_is_taken_again_without_asking_the_system(tmp_path):
+    def action():
+        pages = 64 * MIB // resource.getpagesize()
+        assert min(_faults(False)) >= pages
+        assert max(_faults(True)[1:]) < pages // 100
+
+    assert in_a_fork(action, tmp_path / 'log') == 0, (tmp_path / 'log').read_text()
 
 
 def test_peak_counts_what_is_alive_at_the_same_time():

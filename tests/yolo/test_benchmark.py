@@ -64,6 +64,12 @@ def test_facts_and_batch(bench, student_yaml):
     assert len(made.toolbox.student.names) == 80  # of the model YAML, as there is no data YAML
 
 
+def test_threads_are_those_that_were_asked_for(bench, monkeypatch):
+    monkeypatch.setattr('ultralytics.utils.torch_utils.NUM_THREADS', 2)
+    bench().prepare()
+    assert torch.get_num_threads() == 1
+
+
 def test_forwards_are_those_of_the_trainer(bench):
     made = bench(distillers={'native': {'type': 'Native', 'loss_weight': {'value': 6.0, 'start': 0.5}}})
     made.prepare()

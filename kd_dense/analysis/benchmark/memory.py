@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import platform
 import warnings
 from collections.abc import Callable, Iterable
 from itertools import accumulate
@@ -14,6 +16,24 @@ from kd_dense.analysis.doctor.cost import allocation, kept_for_backward
 
 #: What ``peak`` means, for the reader of the table.
 MEANING = 'largest sum of the memory that torch allocates during a step and has not freed yet'
+
+# Options of glibc's mallopt, see malloc.h.
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+
+
+def keep_freed_memory() -> bool:
+    """Let glibc keep memory that is freed, for this process, instead of giving it back to the system.
+
+    A training reaches a state in which each step takes the memory that the last one left. Pieces that are timed in
+    turns do not: what one of them gives back, the next has to be given page by page, and pays for it.
+
+    Returns:
+        Could it? Other C libraries, and the memory of a GPU, are left as they are.
+    """
+    if platform.libc_ver()[0] != 'glibc':
+        return False
+    libc = ctypes.CDLL(None)
+    return all(libc.mallopt(option, value) == 1 for option, value in ((_M_TRIM_THRESHOLD, -1), (_M_MMAP_MAX, 0)))
 
 
 def peak(work: Callable[[], None], device: torch.device) -> int:
