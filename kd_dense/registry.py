@@ -35,7 +35,12 @@ DATA_SAMPLERS = Registry(
     scope='kd_dense',
     locations=['kd_dense.cache', 'kd_dense.adaptation.rare_class_sampler'],
 )
-METRICS = Registry('metric', parent=MMENGINE_METRICS, scope='kd_dense', locations=['kd_dense.engine.cityscapes'])
+METRICS = Registry(
+    'metric',
+    parent=MMENGINE_METRICS,
+    scope='kd_dense',
+    locations=['kd_dense.engine.cityscapes', 'kd_dense.engine.coco_metric'],
+)
 TRANSFORMS = Registry(
     'transform',
     parent=MMENGINE_TRANSFORMS,

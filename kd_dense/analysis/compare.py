@@ -1,4 +1,4 @@
-"""What distillation gained: student-alone and distilled runs, compared in pairs of equal seed.
+"""What distillation, or adaptation, gained: its runs and those of its baseline, compared in pairs of equal seed.
 
 A seed fixes initial weights and data order, so the runs of one seed share much of their luck. The difference is
 therefore taken within each seed, and its uncertainty is the spread of these differences over seeds (Student's t
@@ -20,6 +20,28 @@ LEVEL = 0.95
 
 
 @dataclass(frozen=True)
+class Words:
+    """What a report calls the two scores that variants lie between.
+
+    Attributes:
+        variant: name of a variant that has none of its own, and of its runs in their records.
+        baseline: in tables, legends and above pictures.
+        in_sentences: the same within a sentence.
+        reference: what else could be reached, of which a variant closes a share of the gap.
+    """
+
+    variant: str
+    baseline: str
+    in_sentences: str
+    reference: str
+
+
+DISTILLATION = Words('distilled', 'student alone', 'the student alone', 'teacher')
+#: The baseline is trained on the labelled source, the oracle on labels of the target that an adaptation does not have.
+ADAPTATION = Words('adapted', 'source only', 'source only', 'target oracle')
+
+
+@dataclass(frozen=True)
 class Interval:
     """A two-sided 95 % interval."""
 
@@ -35,7 +57,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class Difference:
-    """Distilled minus student alone, seed by seed, in points of the metric.
+    """Variant minus baseline, seed by seed, in points of the metric.
 
     Attributes:
         values: one difference per seed, in the order of the seeds.
@@ -57,7 +79,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Row:
-    """One way of training: the student alone, or one distilled variant.
+    """One way of training: the baseline (the student alone, or on the source only), or one variant.
 
     Attributes:
         name: ``student`` or the variant's name.
@@ -65,10 +87,10 @@ class Row:
         mean, std: of the metric over seeds (``std`` with n - 1; ``None`` for one seed), in percent.
         seconds: mean training time of a run.
         extra_parameters: parameters that only training has.
-        difference: to the student alone; ``None`` for the student itself.
-        gap_closed: mean difference / (teacher - mean student), as a fraction; ``None`` without a gap.
-        gap_interval: its interval, with teacher and mean student held fixed.
-        time_ratio: training seconds relative to the student alone; ``None`` where they were not recorded.
+        difference: to the baseline; ``None`` for the baseline itself.
+        gap_closed: mean difference / (teacher - mean baseline), as a fraction; ``None`` without a gap.
+        gap_interval: its interval, with teacher and mean baseline held fixed.
+        time_ratio: training seconds relative to the baseline; ``None`` where they were not recorded.
         per_class: difference of each class that has a value in every run.
     """
 
@@ -91,7 +113,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The result of :func:`compare`: the student alone, the variants, and what they have in common."""
+    """The result of :func:`compare`: the baseline, the variants, and what they have in common.
+
+    ``teacher`` is the score of the teacher; of adaptations that of an oracle. ``words`` has their names.
+    """
 
     metric: str
     toolbox: str
@@ -101,6 +126,7 @@ class Comparison:
     teacher: float | None
     student: Row
     variants: tuple[Row, ...]
+    words: Words = DISTILLATION
 
     @property
     def rows(self) -> tuple[Row, ...]:
@@ -108,19 +134,23 @@ class Comparison:
 
     @property
     def gap(self) -> float | None:
-        """Teacher minus mean student alone, in points; ``None`` when the teacher's score is not known."""
+        """Teacher minus mean baseline, in points; ``None`` when the teacher's score is not known."""
         return None if self.teacher is None else self.teacher - self.student.mean
 
     def gap_sentence(self) -> str:
         """What there was to gain, or why a share of the gap can not be given."""
+        baseline, reference = self.words.in_sentences, self.words.reference
         if self.gap is None:
-            return 'The share of the gap closed is n/a: the score of the teacher is not known (give it with --teacher).'
+            return (
+                f'The share of the gap closed is n/a: the score of the {reference} is not known (give it with '
+                '--teacher).'
+            )
         if self.gap <= 0:
             return (
-                f'The share of the gap closed is n/a: the teacher ({self.teacher:.2f} {self.metric}) is not better '
-                f'than the student alone ({self.student.mean:.2f} {self.metric}).'
+                f'The share of the gap closed is n/a: the {reference} ({self.teacher:.2f} {self.metric}) is not better '
+                f'than {baseline} ({self.student.mean:.2f} {self.metric}).'
             )
-        return f'The teacher is {self.gap:.2f} {self.metric} above the student alone.'
+        return f'The {reference} is {self.gap:.2f} {self.metric} above {baseline}.'
 
     def conclusions(self) -> list[str]:
         """One sentence per variant that claims no more than its interval allows, and the caveats that apply."""
@@ -139,7 +169,7 @@ class Comparison:
         if interval is None:
             scored = f'scored {abs(mean):.2f} {self.metric} {"higher" if mean > 0 else "lower"} than'
             return (
-                f'{row.name} {"scored the same as" if mean == 0 else scored} the student alone with seed '
+                f'{row.name} {"scored the same as" if mean == 0 else scored} {self.words.in_sentences} with seed '
                 f'{self.seeds[0]}; one seed gives no interval, so it is not known whether this is more than chance '
                 '(use at least 3 seeds).'
             )
@@ -155,7 +185,7 @@ class Comparison:
             verdict = f'{row.name} is worse: difference {mean:+.2f} {self.metric}, {over}'
         if mean > 0 and row.gap_closed is not None:
             share = format_interval(row.gap_interval, percent=True)
-            verdict += f'; closes {100 * row.gap_closed:.0f} % {share} of the gap to the teacher'
+            verdict += f'; closes {100 * row.gap_closed:.0f} % {share} of the gap to the {self.words.reference}'
         return verdict + '.'
 
 
@@ -174,11 +204,13 @@ def t_interval(values: Sequence[float], level: float = LEVEL) -> Interval | None
 
 
 def compare(runs: Mapping[str, Sequence[RunRecord]], teacher: float | None = None) -> Comparison:
-    """Compare distilled variants with the student alone, in pairs of equal seed.
+    """Compare distilled or adapted variants with their baseline, in pairs of equal seed.
 
     Args:
-        runs: records by name; ``student`` has the runs of the student alone, every other name is a distilled variant.
-        teacher: the teacher's metric in percent on the same validation set; ``None`` when not known.
+        runs: records by name; ``student`` has the runs of the baseline, every other name is a variant. Reports speak of
+            adaptation where the record of a variant is of an adapted student.
+        teacher: the metric of the teacher, or of the oracle, in percent on the same validation set; ``None`` when not
+            known.
 
     Raises:
         ConfigError: runs that can not be compared (other iterations, metric, toolbox, seeds or student).
@@ -212,6 +244,7 @@ def compare(runs: Mapping[str, Sequence[RunRecord]], teacher: float | None = Non
         teacher=teacher,
         student=student,
         variants=tuple(_row(name, sorted_runs[name], student, gap) for name in variants),
+        words=_words([record for name in variants for record in sorted_runs[name]]),
     )
 
 
@@ -222,6 +255,10 @@ def format_interval(interval: Interval | None, percent: bool = False) -> str:
     if percent:
         return f'[{100 * interval.low:.0f} %, {100 * interval.high:.0f} %]'
     return f'[{interval.low:.2f}, {interval.high:.2f}]'
+
+
+def _words(variants: Sequence[RunRecord]) -> Words:
+    return ADAPTATION if any(record.name == ADAPTATION.variant for record in variants) else DISTILLATION
 
 
 def _sorted_by_seed(name: str, records: Sequence[RunRecord]) -> tuple[RunRecord, ...]:
@@ -236,7 +273,7 @@ def _sorted_by_seed(name: str, records: Sequence[RunRecord]) -> tuple[RunRecord,
         if not record.finished:
             raise ConfigError(f'compare: the run of {name!r} with seed {record.seed} is not finished, resume it first')
         if (record.name == 'student') != (name == BASELINE):
-            role = 'a student alone' if name == BASELINE else 'a distilled student'
+            role = 'a student alone' if name == BASELINE else 'a distilled or adapted student'
             raise ConfigError(
                 f'compare: {name!r} should be {role}, but its record with seed {record.seed} is of a run of '
                 f'{record.name!r} ({record.checkpoint or "no checkpoint"})'
@@ -250,7 +287,8 @@ def _check_same(reference: RunRecord, record: RunRecord, name: str) -> None:
         if expected != found:
             raise ConfigError(
                 f'compare: {name!r} with seed {record.seed} has {key} {found}, but {BASELINE!r} with seed '
-                f'{reference.seed} has {expected}; only runs that differ in nothing but distillation can be compared'
+                f'{reference.seed} has {expected}; only runs that differ in nothing but distillation (or adaptation) '
+                'can be compared'
             )
 
 

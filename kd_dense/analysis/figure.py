@@ -88,7 +88,7 @@ def save_figure(
         if classes:
             draw_classes(next(parts).subplots(), comparison, classes)
         if examples:
-            draw_examples(next(parts), examples, class_colours, examples_title)
+            draw_examples(next(parts), examples, class_colours, examples_title, comparison.words.baseline)
         figure.savefig(path, format='png')
     return path
 
@@ -105,13 +105,19 @@ def draw_curves(axes: Axes, comparison: Comparison) -> None:
         values = np.array([[curve[i] for i in iterations] for curve in curves])
         axes.fill_between(iterations, values.min(0), values.max(0), color=colour, alpha=0.18, linewidth=0)
         axes.plot(
-            iterations, values.mean(0), color=colour, marker=marker, markersize=4, linewidth=1.8, label=_label(row)
+            iterations,
+            values.mean(0),
+            color=colour,
+            marker=marker,
+            markersize=4,
+            linewidth=1.8,
+            label=_label(row, comparison),
         )
         drawn = True
     if not drawn:
         axes.text(0.5, 0.5, 'no validation during training', transform=axes.transAxes, ha='center', va='center')
     if comparison.teacher is not None:
-        axes.axhline(comparison.teacher, color=TEACHER, linestyle='--', linewidth=1.5, label='teacher')
+        axes.axhline(comparison.teacher, color=TEACHER, linestyle='--', linewidth=1.5, label=comparison.words.reference)
     count = len(comparison.seeds)
     axes.set_title('Validation during training' + (f' (mean, range of {count} seeds)' if count > 1 else ''))
     axes.set_xlabel('iteration')
@@ -123,9 +129,9 @@ def draw_curves(axes: Axes, comparison: Comparison) -> None:
 
 def draw_scores(axes: Axes, comparison: Comparison) -> None:
     """Bars of the mean score from 0, with a point per seed and the mean as a number."""
-    bars = [(_label(row), row.mean, row.values, colour, marker) for row, colour, marker in _styled(comparison)]
+    bars = [(_label(row, comparison), row.mean, row.values, *style) for row, *style in _styled(comparison)]
     if comparison.teacher is not None:
-        bars.append(('teacher', comparison.teacher, (), TEACHER, ''))
+        bars.append((comparison.words.reference, comparison.teacher, (), TEACHER, ''))
     top = max(max([mean, *values]) for _, mean, values, _, _ in bars)
     for x, (_, mean, values, colour, marker) in enumerate(bars):
         axes.bar(x, mean, width=0.68, color=colour, alpha=0.85)
@@ -140,7 +146,7 @@ def draw_scores(axes: Axes, comparison: Comparison) -> None:
 
 
 def draw_differences(axes: Axes, comparison: Comparison) -> None:
-    """Paired differences to the student alone: a point per seed, the mean, its 95 % interval and the line at 0."""
+    """Paired differences to the baseline: a point per seed, the mean, its 95 % interval and the line at 0."""
     axes.axhline(0, color=STUDENT, linewidth=2)
     for x, (row, colour, marker) in enumerate(list(_styled(comparison))[1:]):
         difference = row.difference
@@ -170,7 +176,7 @@ def draw_differences(axes: Axes, comparison: Comparison) -> None:
 
 
 def draw_classes(axes: Axes, comparison: Comparison, classes: Sequence[str]) -> None:
-    """Bars of each class's mean difference to the student alone, with its 95 % interval."""
+    """Bars of each class's mean difference to the baseline, with its 95 % interval."""
     width = 0.8 / len(comparison.variants)
     for k, (row, colour, _) in enumerate(list(_styled(comparison))[1:]):
         shown = [(i, row.per_class[name]) for i, name in enumerate(classes) if name in row.per_class]
@@ -210,6 +216,7 @@ def draw_examples(
     examples: Sequence[Mapping],
     class_colours: Mapping[str, Colour] | None = None,
     title: str = 'Examples',
+    baseline: str = 'student alone',
 ) -> None:
     """A grid of images: a row per example, a column per key, in the order of the first example's keys.
 
@@ -219,6 +226,7 @@ def draw_examples(
             (H, W, 3) uint8; images of different examples may differ in size. A missing or ``None`` image leaves a gap.
         class_colours: class name -> RGB (0..255), drawn as a legend below the grid.
         title: stands above the grid.
+        baseline: what the key ``student`` is called.
     """
     columns = _columns(examples)
     grid, legend = figure, None
@@ -233,7 +241,7 @@ def draw_examples(
             if example.get(name) is not None:
                 cell.imshow(np.asarray(example[name]), interpolation='antialiased')
             if i == 0:
-                cell.set_title(_example_title(name), loc='center', color=_title_colour(name, columns))
+                cell.set_title(_example_title(name, baseline), loc='center', color=_title_colour(name, columns))
     if title:
         grid.suptitle(title, x=0.008, ha='left', fontsize=11, fontweight='bold')
     if legend is not None:
@@ -247,7 +255,8 @@ def draw_examples(
 def _draw_heading(figure: SubFigure, comparison: Comparison, heading: str) -> None:
     count = len(comparison.seeds)
     seeds = '1 seed' if count == 1 else f'{count} paired seeds'
-    title = f'Compared with the student alone: {comparison.metric}, {comparison.iterations} iterations, {seeds}'
+    compared = f'Compared with {comparison.words.in_sentences}'
+    title = f'{compared}: {comparison.metric}, {comparison.iterations} iterations, {seeds}'
     figure.text(0.008, 0.94, title, fontsize=14, fontweight='bold', va='top')
     height = figure.bbox.height / figure.figure.dpi
     figure.text(0.008, 1 - 0.42 / height, heading, fontsize=10, va='top', linespacing=1.35, color='#333333')
@@ -261,8 +270,8 @@ def _styled(comparison: Comparison) -> list[tuple[Row, str, str]]:
     return styled
 
 
-def _label(row: Row) -> str:
-    return 'student alone' if row.difference is None else row.name
+def _label(row: Row, comparison: Comparison) -> str:
+    return comparison.words.baseline if row.difference is None else row.name
 
 
 def _name_ticks(axes: Axes, names: Sequence[str]) -> None:
@@ -312,8 +321,8 @@ def _legend_height(class_colours: Mapping) -> float:
     return 0.2 + 0.25 * -(-len(class_colours) // LEGEND_COLUMNS)
 
 
-def _example_title(name: str) -> str:
-    return {'truth': 'ground truth', 'student': 'student alone'}.get(name, name)
+def _example_title(name: str, baseline: str) -> str:
+    return {'truth': 'ground truth', 'student': baseline}.get(name, name)
 
 
 def _title_colour(name: str, columns: Sequence[str]) -> str:

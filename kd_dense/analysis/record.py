@@ -18,7 +18,8 @@ class RunRecord:
     """What one training run reached and cost.
 
     Args:
-        name: who was trained: ``student`` (alone), ``distilled`` or ``teacher``.
+        name: who was trained: ``student`` (alone; of an adaptation on the source only), ``distilled``, ``adapted`` or
+            ``teacher``.
         seed: seed of the run; runs with equal seeds are compared in pairs.
         toolbox: ``mmseg``, ``mmdet`` or ``ultralytics``.
         metric: what ``value`` is, for example ``mIoU``, ``bbox_mAP`` or ``mAP50-95``.

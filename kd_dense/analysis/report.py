@@ -16,18 +16,18 @@ CLASSES_ON_SCREEN = 24
 
 
 def score_table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the main table: student alone, variants, teacher."""
+    """Header and rows of the main table: baseline, variants, and the teacher or oracle."""
     measured = ['difference', '95 % interval', 'seeds won', 'gap closed', 'time', 'extra parameters']
     header = ['', comparison.metric, *measured]
-    rows = [_score_cells(row, len(comparison.seeds)) for row in comparison.rows]
+    rows = [_score_cells(row, comparison) for row in comparison.rows]
     if comparison.teacher is not None:
-        rows.append(['teacher', f'{comparison.teacher:.2f}', *['–'] * (len(header) - 2)])
+        rows.append([comparison.words.reference, f'{comparison.teacher:.2f}', *['–'] * (len(header) - 2)])
     return header, rows
 
 
 def seed_table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the metric of every run: a row per seed, a column per way of training."""
-    header = ['seed', 'student alone']
+    header = ['seed', comparison.words.baseline]
     for row in comparison.variants:
         header += [row.name, 'difference']
     rows = []
@@ -41,7 +41,7 @@ def seed_table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
 
 def class_table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the per-class means and differences; no rows when the runs recorded no classes."""
-    header = ['class', 'student alone']
+    header = ['class', comparison.words.baseline]
     for row in comparison.variants:
         header += [row.name, 'difference', '95 % interval']
     rows = []
@@ -140,16 +140,16 @@ def write_report(comparison: Comparison, folder: Path, picture: str | None = Non
 def _title(comparison: Comparison) -> str:
     count = len(comparison.seeds)
     return (
-        f'Compared with the student alone: {comparison.metric} in percent, {comparison.iterations} '
+        f'Compared with {comparison.words.in_sentences}: {comparison.metric} in percent, {comparison.iterations} '
         f'iterations, {count} {"seed" if count == 1 else "paired seeds"}'
     )
 
 
-def _score_cells(row: Row, seeds: int) -> list[str]:
+def _score_cells(row: Row, comparison: Comparison) -> list[str]:
     mean = f'{row.mean:.2f}' + ('' if row.std is None else f' ± {row.std:.2f}')
     time = NOT_AVAILABLE if row.time_ratio is None else f'{row.time_ratio:.2f}x ({row.seconds:.0f} s)'
     if row.difference is None:
-        return ['student alone', mean, '–', '–', '–', '–', time, '–']
+        return [comparison.words.baseline, mean, '–', '–', '–', '–', time, '–']
     share = NOT_AVAILABLE
     if row.gap_closed is not None:
         share = f'{100 * row.gap_closed:.0f} %'
@@ -160,7 +160,7 @@ def _score_cells(row: Row, seeds: int) -> list[str]:
         mean,
         f'{row.difference.mean:+.2f}',
         format_interval(row.difference.interval),
-        f'{row.difference.won} of {seeds}',
+        f'{row.difference.won} of {len(comparison.seeds)}',
         share,
         time,
         f'{row.extra_parameters:,}',
@@ -201,13 +201,14 @@ def _markdown_table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def _explanation(comparison: Comparison) -> str:
+    baseline, reference = comparison.words.in_sentences, comparison.words.reference
     lines = [
         f'Scores are {comparison.metric} of the last validation, mean ± standard deviation over seeds. The difference '
-        'is to the student alone within each seed, with the 95 % Student-t interval of its mean over seeds.',
-        'The share of the gap closed is the mean difference divided by (teacher minus mean student); its interval '
-        'holds the two scores of the gap fixed.',
+        f'is to {baseline} within each seed, with the 95 % Student-t interval of its mean over seeds.',
+        f'The share of the gap closed is the mean difference divided by ({reference} minus the mean of {baseline}); '
+        'its interval holds the two scores of the gap fixed.',
         f'Student: {comparison.parameters:,} parameters. Time is that of the training loop without validation, '
-        'relative to the student alone. Extra parameters exist in training only and are not in the checkpoint.',
+        f'relative to {baseline}. Extra parameters exist in training only and are not in the checkpoint.',
     ]
     if comparison.gap is not None and comparison.gap > 0:
         lines.append(comparison.gap_sentence())

@@ -10,11 +10,10 @@ from typing import Any
 
 from mmengine.config import Config
 
-from kd_dense.analysis.compare import BASELINE
+from kd_dense.analysis.compare import BASELINE, DISTILLATION, Words
 from kd_dense.analysis.record import FILE_NAME, RunRecord
 from kd_dense.errors import ConfigError
 
-DISTILLED = 'distilled'
 SETTINGS_FILE = 'settings.json'
 TEACHER_SCORE_FILE = 'teacher_score.json'
 #: Metrics that the toolboxes report in percent (all are MMSegmentation's); the others are fractions.
@@ -29,28 +28,30 @@ def train_runs(
     seeds: Sequence[int],
     train: Callable[..., Any],
     log: Callable[[str], None] = print,
+    words: Words = DISTILLATION,
 ) -> dict[str, list[Path]]:
-    """Train the student alone and distilled with every seed, where that has not been done.
+    """Train baseline and variant of a config with every seed, where that has not been done.
 
-    A run is in ``folder/student/seed_N`` or ``folder/distilled/seed_N``. Finished ones are left as they are,
-    interrupted ones resumed.
+    A run is in ``folder/student/seed_N`` or ``folder/distilled/seed_N`` (``adapted``, of an adaptation). Finished ones
+    are left as they are, interrupted ones resumed.
 
     Args:
-        cfg: config with distillation.
+        cfg: config with distillation or adaptation.
         folder: of the comparison; refused when it has runs of other settings.
         seeds: at least one, no two equal.
         train: called as ``train(cfg, work_dir, distill=..., seed=..., resume=True)``; leaves a ``record.json`` there.
         log: told what is happening.
+        words: of distillation or adaptation.
 
     Returns:
-        Folders of the runs, by ``student`` and ``distilled``, in the order of the seeds.
+        Folders of the runs, by ``student`` and the name of the variant, in the order of the seeds.
 
     Raises:
         ConfigError: the folder belongs to other settings, or a run left no record.
     """
     _check_seeds(seeds)
     _claim_folder(folder, cfg)
-    return _train_missing({BASELINE: (cfg, False), DISTILLED: (cfg, True)}, folder, seeds, train, log)
+    return _train_missing({BASELINE: (cfg, False), words.variant: (cfg, True)}, folder, seeds, train, log, words)
 
 
 def train_variants(
@@ -60,14 +61,15 @@ def train_variants(
     train: Callable[..., Any],
     alone: Callable[[Config], Config],
     log: Callable[[str], None] = print,
+    words: Words = DISTILLATION,
 ) -> dict[str, list[Path]]:
-    """As :func:`train_runs`, for several configs that distil into one student, which is trained alone only once.
+    """As :func:`train_runs`, for several configs of one student, whose baseline is trained only once.
 
     A run is in ``folder/student/seed_N`` or ``folder/VARIANT/seed_N``.
 
     Args:
-        configs: variant -> config with distillation. Without distillation all must be the same.
-        alone: a config -> the same without distillation.
+        configs: variant -> config with distillation or adaptation. Without it all must be the same.
+        alone: a config -> the same without it.
 
     Raises:
         ConfigError: as :func:`train_runs`, or configs whose students, data or schedules differ.
@@ -77,11 +79,11 @@ def train_variants(
         try:
             _claim_folder(run_folder(folder, BASELINE), alone(cfg))
         except ConfigError as error:
-            raise ConfigError(f'CONFIG {name}: without distillation it is not what was trained: {error}') from None
+            raise ConfigError(f'CONFIG {name}: {words.in_sentences} is not what was trained: {error}') from None
         _claim_folder(run_folder(folder, name), cfg)
     first = next(iter(configs.values()))
     plan = {BASELINE: (first, False), **{name: (cfg, True) for name, cfg in configs.items()}}
-    return _train_missing(plan, folder, seeds, train, log)
+    return _train_missing(plan, folder, seeds, train, log, words)
 
 
 def _check_seeds(seeds: Sequence[int]) -> None:
@@ -95,8 +97,9 @@ def _train_missing(
     seeds: Sequence[int],
     train: Callable[..., Any],
     log: Callable[[str], None],
+    words: Words,
 ) -> dict[str, list[Path]]:
-    """Train what is not finished of ``ways``: name -> config, and whether to distil."""
+    """Train what is not finished of ``ways``: name -> config, and whether to distil (or adapt)."""
     # All runs of a seed before the next seed: whatever is there after an interruption can be compared.
     plan = [(seed, name) for seed in seeds for name in ways]
     missing = [step for step in plan if not _is_finished(run_folder(folder, step[1], step[0]))]
@@ -104,7 +107,7 @@ def _train_missing(
     spent: list[float] = []
     for number, (seed, name) in enumerate(plan, 1):
         where = run_folder(folder, name, seed)
-        label = f'run {number} of {len(plan)}: {"student alone" if name == BASELINE else name}, seed {seed}'
+        label = f'run {number} of {len(plan)}: {words.baseline if name == BASELINE else name}, seed {seed}'
         if (seed, name) in missing:
             left = ''
             if spent:
@@ -169,7 +172,7 @@ def find_runs(folders: Sequence[str | Path]) -> list[Path]:
 
 def named_folders(arguments: Sequence[str]) -> dict[str, list[str]]:
     """``DIR ...`` or ``NAME=DIR ...`` as folders by name; a DIR without a name has that of the one before it."""
-    name, folders = DISTILLED, {}
+    name, folders = DISTILLATION.variant, {}
     for argument in arguments:
         before, equals, after = argument.partition('=')
         if equals and after and not Path(argument).exists() and '/' not in before:

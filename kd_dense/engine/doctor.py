@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from kd_dense import checkpoint as checkpoints
-from kd_dense.analysis.doctor.toolbox import Classes, Data, LoadedTeacher, Metric, Preprocessing, Toolbox
+from kd_dense.analysis.doctor.toolbox import ADAPTS, Classes, Data, LoadedTeacher, Metric, Preprocessing, Toolbox
 from kd_dense.distillation import Distillers
 from kd_dense.engine.data_checks import check_loader, named_if_empty
-from kd_dense.engine.run import _metric, _toolbox, check_data, is_distillation
-from kd_dense.engine.score import score
+from kd_dense.engine.run import _metric, _toolbox, check_data, is_adaptation, is_distillation
+from kd_dense.engine.score import score, use_complete_metrics
 from kd_dense.errors import ConfigError, closest
 from kd_dense.models.build import build_model, fetch, load_teacher, read_checkpoint
 from kd_dense.models.describe import image_normalization
@@ -43,12 +43,15 @@ class MMToolbox(Toolbox):
     needs_operators = True
 
     def __init__(self, cfg: Config) -> None:
+        if is_adaptation(cfg):
+            raise ConfigError(f'model: {ADAPTS}')
         if not is_distillation(cfg):
             raise ConfigError(
                 f'model: {cfg.filename or "the config"} has no model of type kd_dense.Distillation; the doctor looks '
                 'at distillation configs'
             )
         self.cfg = copy.deepcopy(cfg)
+        use_complete_metrics(self.cfg)
         self.config = str(cfg.filename or '')
         self.name = _toolbox(cfg)
         self.packages = ('mmengine', 'mmcv', *(p for p in ('mmseg', 'mmdet') if p == self.name))

@@ -27,7 +27,7 @@ class RecordHook(Hook):
     both.
 
     Args:
-        name: ``'student'`` (alone), ``'distilled'`` or ``'teacher'``.
+        name: ``'student'`` (alone), ``'distilled'``, ``'adapted'`` or ``'teacher'``.
         seed: of the run.
         toolbox: ``'mmseg'`` or ``'mmdet'``.
         metric: key of the validation metric that counts, ``mIoU`` say.

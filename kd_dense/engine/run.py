@@ -24,7 +24,9 @@ from kd_dense.cache import use_cache
 from kd_dense.engine.amp import set_precision
 from kd_dense.engine.cpu_processes import start_cpu_processes
 from kd_dense.engine.data_checks import check_loader, named_if_empty
+from kd_dense.engine.deferred_log import defer_log
 from kd_dense.engine.loops import use_resumable_loop
+from kd_dense.engine.score import use_complete_metrics
 from kd_dense.errors import ConfigError
 from kd_dense.failures import as_sentences
 from kd_dense.models.build import build_model, build_teacher, model_config, read_checkpoint, read_config
@@ -47,6 +49,8 @@ _HOOKS = {
     'MeanTeacherAdaptation': 'AdaptationHook',
     'BackbonePretraining': 'PretrainingHook',
 }
+#: Who is trained in such a model, in the record of the run.
+_RECORD_NAMES = {'Distillation': 'distilled', 'MeanTeacherAdaptation': 'adapted'}
 
 
 def load_config(path: str, options: Mapping[str, Any] | None = None) -> Config:
@@ -84,6 +88,11 @@ def is_adaptation(cfg: Config) -> bool:
     return _model_type(cfg) == 'MeanTeacherAdaptation'
 
 
+def adapts(cfg: Config) -> bool:
+    """Is this a config of mean-teacher adaptation, of any toolbox?"""
+    return 'adaptation' in cfg if is_yolo(cfg) else is_adaptation(cfg)
+
+
 def is_pretraining(cfg: Config) -> bool:
     """Is the MMEngine model of this config a :class:`~kd_dense.BackbonePretraining`?"""
     return _model_type(cfg) == 'BackbonePretraining'
@@ -103,6 +112,8 @@ def student_alone(cfg: Config) -> Config:
     if is_yolo(cfg):
         for key in ('teacher', 'distillers'):
             cfg.pop(key, None)
+        if isinstance(cfg.get('adaptation'), Mapping):  # steps and validation are by the target
+            cfg.adaptation = {k: v for k, v in cfg.adaptation.items() if k == 'target'}
         return cfg
     if is_adaptation(cfg):
         train_on_source(cfg)
@@ -188,12 +199,13 @@ def train(
         if not any(_is_type(h, safety) for h in hooks):
             hooks.append(dict(type=f'kd_dense.{safety}'))
     use_resumable_loop(cfg)
+    use_complete_metrics(cfg)
     metric = _metric(cfg)
     if metric is not None and not any(_is_type(h, 'RecordHook') for h in hooks):
         hooks.append(
             dict(
                 type='kd_dense.RecordHook',
-                name='distilled' if is_distillation(cfg) or is_adaptation(cfg) else 'student',
+                name=_RECORD_NAMES.get(_model_type(cfg), 'student'),
                 seed=(cfg.get('randomness') or {}).get('seed') or 0,
                 toolbox=_toolbox(cfg),
                 metric=metric[0],
@@ -225,6 +237,7 @@ def train(
             checkpoints.remove_leftovers(work_dir)
         start_cpu_processes(cfg)
         runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+        defer_log(runner)
         for part in ('train', 'val'):
             _build_loader(runner, part)
         runner.train()
@@ -328,6 +341,7 @@ def evaluate(
     cfg.custom_hooks = [h for h in cfg.custom_hooks if not _is_type(h, 'EMAHook')]
     if cfg.get('test_dataloader') is None:
         raise ConfigError('test_dataloader: the config has none, so there is nothing to evaluate on')
+    use_complete_metrics(cfg)
     check_data(cfg, ('test_dataloader',))
     if official_cityscapes:
         if _toolbox(cfg) != 'mmseg':
@@ -372,8 +386,8 @@ def examples(cfg: Config, checkpoint: Mapping[str, str | None], count: int = 4) 
     """Draw ground truth and predictions on images of the validation set.
 
     Args:
-        checkpoint: ``'student'``, ``'distilled'`` and ``'teacher'`` -> checkpoint; ``None`` for the teacher: the one in
-            the config.
+        checkpoint: ``'student'``, ``'distilled'`` (or any name of a student) and ``'teacher'`` -> checkpoint; ``None``
+            for the teacher: the one in the config.
 
     Returns:
         Per image: ``input``, ``truth`` and one entry per key of ``checkpoint``, each ``[H, W, 3]`` RGB, uint8.

@@ -17,6 +17,7 @@ from kd_dense.adaptation.pseudo_boxes import PseudoBoxes, artificial_box, select
 from kd_dense.adaptation.statistics import BoxStatistics
 from kd_dense.adaptation.warp import between_views
 from kd_dense.errors import ConfigError
+from kd_dense.models.views import difference
 
 #: Boxes that a head may leave after suppression: more than there are, because select_boxes counts them.
 _ALL = 10_000
@@ -119,14 +120,16 @@ def _to_target(pseudo: PseudoBoxes, seen: Any, sample: Any) -> PseudoBoxes:
     sizes = [tuple(view.img_shape[:2]) for view in (seen, sample)]
     first, second = (view.metainfo.get('homography_matrix') for view in (seen, sample))
     known = first is not None and second is not None
-    if sizes[0] == sizes[1] and (not known or np.array_equal(first, second)):
-        return pseudo
     if not known:
-        raise ConfigError(
-            f'train_dataloader.dataset.target.pipeline: the views target and teacher of an image have the sizes '
-            f"{sizes[1]} and {sizes[0]}; put geometric transforms under Views.shared, or 'homography_matrix' among the "
-            'meta_keys of the PackDetInputs of both'
-        )
+        if found := difference(sample, seen):
+            raise ConfigError(
+                f'train_dataloader.dataset.target.pipeline: the views target and teacher of an image have the {found}; '
+                "put geometric transforms under Views.shared, or 'homography_matrix' among the meta_keys of the "
+                'PackDetInputs of both'
+            )
+        return pseudo
+    if sizes[0] == sizes[1] and np.array_equal(first, second):
+        return pseudo
     return warp_pseudo_boxes(pseudo, between_views(first, second), sizes[1], _MIN_SIDE)
 
 

@@ -13,6 +13,7 @@ from kd_dense.adaptation.pseudo_maps import pseudo_label_map
 from kd_dense.adaptation.statistics import MapStatistics
 from kd_dense.context import inside
 from kd_dense.errors import ConfigError, closest
+from kd_dense.models.views import difference
 
 WEIGHTINGS = ('hard', 'share')
 
@@ -62,6 +63,12 @@ class SegmentorLabels(nn.Module):
                 f'train_dataloader.dataset.target.pipeline: the views target and teacher have the sizes '
                 f'{tuple(images.shape[2:])} and {tuple(seen.shape[2:])}; geometric transforms belong under Views.shared'
             )
+        for pair in zip(samples, data_samples.get('teacher', samples), strict=True):
+            if found := difference(*pair):
+                raise ConfigError(
+                    f'train_dataloader.dataset.target.pipeline: the views target and teacher of an image have the '
+                    f'{found}; geometric transforms belong under Views.shared'
+                )
         canvas = images.shape[2:]
         metas = [dict(img_shape=canvas, pad_shape=canvas, ori_shape=canvas) for _ in samples]
         logits = mean_teacher.run(lambda model: model.encode_decode(seen, metas))

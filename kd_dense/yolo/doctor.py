@@ -20,7 +20,7 @@ from ultralytics.models.yolo.detect import DetectionValidator
 from ultralytics.models.yolo.segment import SegmentationValidator
 from ultralytics.utils.torch_utils import autocast, unwrap_model
 
-from kd_dense.analysis.doctor.toolbox import Classes, Data, LoadedTeacher, Metric, Preprocessing, Toolbox
+from kd_dense.analysis.doctor.toolbox import ADAPTS, Classes, Data, LoadedTeacher, Metric, Preprocessing, Toolbox
 from kd_dense.distillation import Distillers
 from kd_dense.errors import ConfigError
 from kd_dense.execution import Execution
@@ -58,6 +58,8 @@ class YoloToolbox(Toolbox):
     def check_config(self) -> None:
         """Unknown keys, and what is missing."""
         self.settings = read(self.source)
+        if self.settings.adaptation is not None:
+            raise ConfigError(f'adaptation: {ADAPTS}')
         if self.settings.teacher is None:
             raise ConfigError(
                 'teacher: the config has no teacher and no distillers; the doctor looks at distillation configs'

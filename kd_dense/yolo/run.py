@@ -279,7 +279,7 @@ def _record(trainer: Any, observer: _Observer, distilled: bool, task: str, confi
     # A resumed run has timed some of its steps only.
     seconds = observer.seconds / observer.steps * iterations if observer.steps else float(rows[-1]['time'])
     return RunRecord(
-        name='distilled' if distilled else 'student',
+        name=('adapted' if isinstance(trainer, AdaptationTrainer) else 'distilled') if distilled else 'student',
         seed=trainer.args.seed,
         toolbox='ultralytics',
         metric=key.removeprefix('metrics/').removesuffix('(B)'),

@@ -25,6 +25,7 @@ from kd_dense.losses.adaptation import style_consistency
 from kd_dense.models import MeanTeacherAdaptation
 from kd_dense.models.build import build_model, forget_pretrained, model_config
 from tests.adaptation.test_pseudo_boxes import selected_by_loops
+from tests.adaptation.test_segmentation import DAMAGES, said_when_broken, start
 from tests.helpers import tiny
 from tests.helpers.processes import assert_equal
 
@@ -360,8 +361,23 @@ def test_views_of_different_sizes_that_nothing_relates():
     for sample in data['data_samples']['teacher']:
         sample.set_metainfo(dict(img_shape=(32, 64)))
         sample.gt_instances = InstanceData()
-    with pytest.raises(ConfigError, match=r"sizes \(64, 64\) and \(32, 64\); .* Views.shared, or 'homography_matrix'"):
+    with pytest.raises(ConfigError, match=r"img_shape \(64, 64\) and \(32, 64\); .*shared, or 'homography_matrix'"):
         losses(model_for(), data)
+
+
+def test_a_view_that_is_mirrored_alone():
+    """Equal sizes, and boxes that would be taken over as they are."""
+    data = batch()
+    for sample in data['data_samples']['target']:
+        sample.set_metainfo(dict(flip=True, flip_direction='horizontal'))
+    for sample in data['data_samples']['teacher']:
+        sample.set_metainfo(dict(flip=False, flip_direction=None))
+    with pytest.raises(ConfigError, match=r'target and teacher of an image have the flip True and False; put geom'):
+        losses(model_for(), data)
+    matrices(data, 'target', flip(64), flip(64))
+    matrices(data, 'teacher', np.eye(3), np.eye(3))
+    found, _ = losses(model_for(), data)
+    assert found['adapt.pseudo_loss'] > 0
 
 
 def test_boxes_as_objects():
@@ -546,7 +562,8 @@ def test_a_run_logs_everything_and_ends_with_a_plain_student(whole, tmp_path):
     scores = [line for line in lines if 'teacher.coco/bbox_mAP' in line]
     assert len(scores) == 2
     (log,) = work.glob('*/*.log')
-    assert 'pseudo labels since the last validation: per_image' in log.read_text()
+    (said, _) = re.findall('pseudo labels since the last validation: (per_image .*)', log.read_text())
+    assert all(f', count.{name} ' in said for name in cfg.metainfo.classes) and ', precision.' in said
     found = evaluate(cfg, str(work / 'iter_4.pth'), str(tmp_path))
     assert 100 * found['coco/bbox_mAP'] == pytest.approx(record.value)
 
@@ -572,6 +589,24 @@ def test_a_resumed_run_ends_like_one_that_did_not_stop(whole, tmp_path):
     states = [content(work / f'iter_{i}.pth')['kd_dense']['mean_teacher'] for i in (2, 4)]
     assert [int(s['updates']) for s in states] == [1, 2]
     assert not torch.equal(*(s['model.backbone.layer1.0.conv1.weight'] for s in states))
+
+
+@pytest.mark.slow
+def test_killed_and_resumed(domains, tmp_path):
+    """In the second epoch; the first one ends with the gradients of one of three iterations."""
+    labels = dict(score_threshold=0.005)
+    cfg = adaptation_config(domains, pseudo_labels=labels, pseudo_weight=0.5, mean_teacher=dict(decay=0.9))
+    cfg.train_cfg.max_epochs = 2
+    cfg.optim_wrapper.accumulative_counts = 3
+    whole, part = tmp_path / 'whole', tmp_path / 'part'
+    assert start(cfg, whole) == 0, whole.with_suffix('.log').read_text()[-2000:]
+    assert start(cfg, part, kill_at=7) == -9
+    assert sorted(path.name for path in part.glob('*.pth')) == ['epoch_1.pth']
+    assert start(cfg, part) == 0, part.with_suffix('.log').read_text()[-2000:]
+    first, second = content(whole / 'epoch_2.pth'), content(part / 'epoch_2.pth')
+    assert_equal(first, second)
+    assert int(first['kd_dense']['mean_teacher']['updates']) == 3  # the last one of two iterations
+    assert (whole / 'curve.json').read_text() == (part / 'curve.json').read_text()
 
 
 def test_a_two_stage_detector_by_epochs_on_a_target_without_labels(domains, tmp_path):
@@ -666,6 +701,12 @@ def test_a_domain_that_is_not_there(domains, tmp_path):
     cfg.train_dataloader.dataset.source.data_root = str(tmp_path / 'nowhere')
     with pytest.raises(ConfigError, match='dataset.source.data_root: there is no folder .*nowhere'):
         train(cfg, str(tmp_path / 'run'), seed=3)
+
+
+@pytest.mark.parametrize('damage', [DAMAGES[0], *(pytest.param(d, marks=pytest.mark.slow) for d in DAMAGES[1:])])
+def test_images_that_go_while_training(domains, tmp_path, damage):
+    with said_when_broken(domains, tmp_path, 'images/train', *damage) as copies:
+        train(adaptation_config(copies, labelled_target=False), str(tmp_path / 'run'), seed=3)
 
 
 def test_a_target_without_images(domains, tmp_path):
@@ -765,7 +806,6 @@ def test_the_config_of_camvid(domains, tmp_path, monkeypatch):
     monkeypatch.setenv('KD_DENSE_CAMVID', str(clear))
     monkeypatch.setenv('KD_DENSE_CAMVID_ADAPTATION', str(made))
     options = {'train_cfg.max_iters': 1, 'train_cfg.val_interval': 1, 'train_dataloader.batch_size': 2}
-    options['model.student.test_cfg.score_thr'] = 0.0  # a score without any prediction is none
     cfg = load_config(name, {**options, 'default_hooks.checkpoint.interval': 1})
     train(cfg, str(tmp_path / 'run'), seed=0)
     assert [line for line in scalars(tmp_path / 'run') if 'teacher.coco/bbox_mAP' in line]

@@ -1,16 +1,21 @@
 """Mean-teacher adaptation of a small segmentor: the terms, the teacher's moves, checkpoints, resume, bad input."""
 
+import contextlib
 import copy
 import json
 import math
+import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import cv2
 import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.optim import OptimWrapper
 from mmengine.registry import DATASETS, DefaultScope
 from mmengine.structures import PixelData
 
@@ -21,12 +26,12 @@ from kd_dense.adaptation.style import match_statistics
 from kd_dense.data.weather import write_weather
 from kd_dense.engine import AdaptationHook
 from kd_dense.engine.run import evaluate, load_config, student_alone, train
-from kd_dense.errors import ConfigError
+from kd_dense.errors import ConfigError, sentence
 from kd_dense.losses.adaptation import style_consistency
 from kd_dense.models import MeanTeacherAdaptation
 from kd_dense.models.build import build_model, model_config
 from tests.helpers import tiny
-from tests.helpers.processes import assert_equal
+from tests.helpers.processes import assert_equal, in_a_fork, kill_myself
 
 FOLDERS = dict(img_path='leftImg8bit/train', seg_map_path='gtFine/train')
 
@@ -226,6 +231,39 @@ def test_it_is_the_student_to_its_surroundings():
     assert copy.deepcopy(model).mean_teacher is None
 
 
+def test_accumulation_gives_the_teacher_of_a_large_batch():
+    """Four images at once, or two and two: without batch norm and consistency each term is a mean over images."""
+    student = tiny.segmentor(4)
+    student['backbone']['norm_cfg'] = student['decode_head']['norm_cfg'] = dict(type='GN', num_groups=2)
+    whole = batch(4)
+    halves = [
+        {k: {view: v[part] for view, v in whole[k].items()} for k in whole} for part in (slice(0, 2), slice(2, 4))
+    ]
+    states = []
+    for parts in (halves, [whole]):
+        torch.manual_seed(0)
+        model = MeanTeacherAdaptation(student, dict(decay=0.5), dict(threshold=0.0), consistency_weight=0.0)
+        model.init_weights()
+        model.student.decode_head.dropout = None
+        model.mean_teacher.reset(model.student)
+        count, begin = len(parts), copy.deepcopy(dict(model.state_dict()))
+        wrapper = OptimWrapper(torch.optim.SGD(model.parameters(), lr=0.1), accumulative_counts=count)
+        runner = SimpleNamespace(model=model.train(), optim_wrapper=wrapper, iter=0, max_iters=2 * count)
+        wrapper.initialize_count_status(model, 0, 2 * count)
+        hook = AdaptationHook(interval=1000)
+        for runner.iter in range(2 * count):
+            hook.before_train_iter(runner, runner.iter)
+            losses = model.train_step(copy.deepcopy(parts[runner.iter % count]), wrapper)
+            hook.after_train_iter(runner, runner.iter)
+            assert losses['adapt.pseudo_loss'] > 0
+        states.append(model.mean_teacher.state_dict())
+    assert int(states[0]['updates']) == 2
+    for name, value in states[0].items():
+        torch.testing.assert_close(value, states[1][name], rtol=1e-4, atol=1e-6, msg=name)
+    moved = max(float((states[0][f'model.{name}'] - value).abs().max()) for name, value in begin.items())
+    assert moved > 1e-2
+
+
 def content(path):
     whole = torch.load(path, weights_only=False, map_location='cpu')
     return {k: whole[k] for k in ('state_dict', 'optimizer', 'kd_dense', 'kd_dense_random_state')}
@@ -259,7 +297,8 @@ def test_a_run_logs_everything_and_ends_with_a_plain_student(whole, tmp_path):
     scores = [(line['mIoU'], line['teacher.mIoU']) for line in lines if 'teacher.mIoU' in line]
     assert len(scores) == 2
     (log,) = work.glob('*/*.log')
-    assert 'pseudo labels since the last validation: kept' in log.read_text()
+    (said, _) = re.findall('pseudo labels since the last validation: (kept .*)', log.read_text())
+    assert all(f', {what}.{name} ' in said for name in ('background', 'ring') for what in ('count', 'precision'))
     stock = build_model(tiny.segmentor(4), 'student')
     stock.load_state_dict(torch.load(work / 'iter_4.pth', weights_only=False)['state_dict'], strict=True)
     assert evaluate(cfg, str(work / 'iter_4.pth'), str(tmp_path))['mIoU'] == pytest.approx(scores[-1][0], abs=0.01)
@@ -284,6 +323,42 @@ def test_a_resumed_run_ends_like_one_that_did_not_stop(whole, tmp_path):
     cfg, work, _ = whole
     train(cfg, str(tmp_path / 'part'), seed=3, resume=str(work / 'iter_2.pth'))
     assert_equal(content(work / 'iter_4.pth'), content(tmp_path / 'part' / 'iter_4.pth'))
+
+
+def start(cfg: Config, work: Path, kill_at: int = 0) -> int:
+    """Train in a process of its own, killed after iteration ``kill_at``; the exit status of the process."""
+    original = AdaptationHook.after_train_iter
+
+    def after_train_iter(self, runner, *args, **kwargs):
+        original(self, runner, *args, **kwargs)
+        if runner.iter + 1 == kill_at:
+            kill_myself()
+
+    def action():
+        with (
+            mock.patch('mmengine.config.config.FormatCode', lambda text, **_: (text, False)),  # as in tests/conftest.py
+            mock.patch.object(AdaptationHook, 'after_train_iter', after_train_iter),
+        ):
+            train(cfg, str(work), seed=3, resume=True)
+
+    return in_a_fork(action, work.with_suffix('.log'))
+
+
+def test_killed_and_resumed(domains, tmp_path):
+    """Student and teacher, from a checkpoint with the gradients of half a step in it; rare classes are drawn more."""
+    cfg = adaptation_config(domains, 6, pseudo_labels=dict(threshold=0.15), mean_teacher=dict(decay=0.9, warmup=2))
+    cfg.optim_wrapper.accumulative_counts = 2
+    cfg.train_cfg.val_interval = cfg.default_hooks.checkpoint.interval = 3
+    cfg.train_dataloader.sampler = dict(type='kd_dense.RareClassSampler', temperature=0.1, min_pixels=10)
+    whole, part = tmp_path / 'whole', tmp_path / 'part'
+    assert start(cfg, whole) == 0, whole.with_suffix('.log').read_text()[-2000:]
+    assert start(cfg, part, kill_at=5) == -9
+    assert sorted(path.name for path in part.glob('*.pth')) == ['iter_3.pth']
+    assert start(cfg, part) == 0, part.with_suffix('.log').read_text()[-2000:]
+    first, second = content(whole / 'iter_6.pth'), content(part / 'iter_6.pth')
+    assert_equal(first, second)
+    assert int(first['kd_dense']['mean_teacher']['updates']) == 3
+    assert (whole / 'curve.json').read_text() == (part / 'curve.json').read_text()
 
 
 def test_checkpoints_of_the_mean_teacher():
@@ -376,6 +451,27 @@ def test_pairs_are_all_pairs():
         pairs[0]
 
 
+def test_translations_of_a_folder(domains, tmp_path):
+    """Made by somebody else: here the negatives of the source images. They go through the same crops and flips."""
+    for file in (domains[0] / 'leftImg8bit/train').rglob('*.png'):
+        cv2.imwrite(str(tmp_path / file.name), 255 - cv2.imread(str(file)))
+    cfg = adaptation_config(domains, 2)
+    (views,) = cfg.train_dataloader.dataset.source.pipeline
+    views.shared.insert(1, dict(type='kd_dense.StackTranslation', folder=str(tmp_path)))
+    views['views'] = {
+        name: [dict(type='kd_dense.TakeImage', translated=name == 'styled'), dict(type='PackSegInputs')]
+        for name in ('source', 'styled')
+    }
+    with DefaultScope.overwrite_default_scope('mmseg'):
+        sample = DATASETS.build(cfg.train_dataloader.dataset)[5]
+    images, labels = sample['inputs'], sample['data_samples']
+    assert torch.equal(images['styled'], 255 - images['source']) and images['source'].float().std() > 5
+    assert torch.equal(*(labels[view].gt_sem_seg.data for view in ('source', 'styled')))
+    train(cfg, str(tmp_path / 'run'), seed=3)
+    steps = [line for line in scalars(tmp_path / 'run') if 'adapt.styled_loss' in line]
+    assert len(steps) == 2 and all(line['adapt.styled_loss'] != line['adapt.source_loss'] for line in steps)
+
+
 def test_a_target_without_images_or_folder(domains, tmp_path):
     cfg = adaptation_config(domains, labelled_target=False)
     target = cfg.train_dataloader.dataset.target
@@ -384,10 +480,60 @@ def test_a_target_without_images_or_folder(domains, tmp_path):
         ConfigError, match='dataset.target.data_prefix.img_path: there is no folder .*leftImg8bit/train'
     ):
         train(cfg, str(tmp_path / 'run'), seed=3)
+    other = adaptation_config(domains)
+    other.train_dataloader.dataset.source.data_root = str(tmp_path / 'nowhere')
+    with pytest.raises(ConfigError, match='dataset.source.data_root: there is no folder .*nowhere'):
+        train(other, str(tmp_path / 'run'), seed=3)
     (tmp_path / 'leftImg8bit/train').mkdir(parents=True)
     message = 'train_dataloader.dataset.target: kd_dense.SceneDataset has no images; check .*leftImg8bit/train'
     with pytest.raises(ConfigError, match=message):
         train(cfg, str(tmp_path / 'run'), seed=3)
+
+
+#: Domain -> what its images become while a run goes on; ``None``: they are gone.
+DAMAGES = [('target', None), ('source', None), ('target', b'no image')]
+
+
+@contextlib.contextmanager
+def said_when_broken(domains, folder, images, domain, content):
+    """Copies of both domains, of which one breaks when training begins; the run has to name a file of it."""
+    copies = [Path(shutil.copytree(root, folder / name)) for root, name in zip(domains, ('source', 'target'))]
+    broken = folder / domain / images
+
+    def before_train(self, runner):
+        original(self, runner)
+        for file in broken.rglob('*.*'):
+            if file.is_file():
+                file.unlink()
+                if content is not None:
+                    file.write_bytes(content)
+
+    original = AdaptationHook.before_train
+    with mock.patch.object(AdaptationHook, 'before_train', before_train), pytest.raises(ConfigError) as end:
+        yield copies
+    assert re.search(f'{broken}/.* is (missing|no image).*; restore the file, or take it out', sentence(end.value))
+    assert '\n' not in sentence(end.value)
+
+
+@pytest.mark.parametrize('damage', DAMAGES)
+def test_images_that_go_while_training(domains, tmp_path, damage):
+    with said_when_broken(domains, tmp_path, 'leftImg8bit/train', *damage) as copies:
+        train(adaptation_config(copies, labelled_target=False), str(tmp_path / 'run'), seed=3)
+
+
+def test_images_of_different_sizes(domains, tmp_path):
+    """Within a domain, and in one domain than in the other: what is not 48 x 48 is padded and gets no label there."""
+    copies = [Path(shutil.copytree(root, tmp_path / name)) for root, name in zip(domains, ('source', 'target'))]
+    for number, file in enumerate(sorted((copies[1] / 'leftImg8bit/train').rglob('*.png'))):
+        cv2.imwrite(str(file), cv2.resize(cv2.imread(str(file)), ((40, 100), (120, 36))[number % 2]))
+    cfg = adaptation_config(copies, 2, labelled_target=False, pseudo_labels=dict(threshold=0.0))
+    cfg.model.student.data_preprocessor.size = (48, 48)
+    cfg.train_dataloader.batch_size = 4
+    train(cfg, str(tmp_path / 'run'), seed=3)
+    steps = [line for line in scalars(tmp_path / 'run') if 'adapt.source_loss' in line]
+    assert len(steps) == 2 and all(math.isfinite(line['loss']) and line['adapt.pseudo_loss'] > 0 for line in steps)
+    # of 48 x 48 pixels a target has 48 x 40 or 36 x 48
+    assert 0.74 < steps[1]['adapt.kept'] < 0.84 and 'adapt.precision' not in steps[1]
 
 
 def test_target_classes_differ(domains):
@@ -404,6 +550,12 @@ def test_batches_that_do_not_fit():
         with pytest.raises(ConfigError, match="needs the views 'source' and 'target' in a batch"):
             losses(model, data)
     model.data_preprocessor.own.size, model.data_preprocessor.own.size_divisor = None, 32
+    data = batch()
+    for view, flip in (('target', True), ('teacher', False)):
+        for sample in data['data_samples'][view]:
+            sample.set_metainfo(dict(flip=flip, flip_direction='horizontal' if flip else None))
+    with pytest.raises(ConfigError, match=r'target and teacher of an image have the flip True and False; geometric'):
+        losses(model, data)
     data = batch()
     data['inputs']['teacher'] = [image[:, :32, :32] for image in data['inputs']['teacher']]
     del data['data_samples']['teacher'][0].gt_sem_seg, data['data_samples']['teacher'][1].gt_sem_seg
@@ -481,7 +633,7 @@ def test_the_config_on_generated_scenes(tmp_path):
         train(cfg, str(tmp_path / 'run'), seed=0)
     tiny.saved(dict(cfg.model.student.to_dict(), _scope_='mmseg'), Path(cfg.load_from), seed=3)
     cfg.optim_wrapper.optimizer.lr = 0.0
-    assert train(cfg, str(tmp_path / 'run'), seed=0, resume='auto').name == 'distilled'
+    assert train(cfg, str(tmp_path / 'run'), seed=0, resume='auto').name == 'adapted'
     (last,) = (tmp_path / 'run').glob('iter_1.pth')
     weights = [checkpoint.load(path)['state_dict']['backbone.stem.0.weight'] for path in (cfg.load_from, last)]
     torch.testing.assert_close(*weights, rtol=0, atol=0)  # it begins with what was trained by day

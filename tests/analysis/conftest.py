@@ -1,6 +1,7 @@
 """Records as runs leave them, with numbers that are easy to compute with by hand."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
@@ -38,3 +39,9 @@ def runs(record) -> dict[str, list[RunRecord]]:
             for s, (v, d) in enumerate(zip(student, cwd))
         ],
     }
+
+
+@pytest.fixture
+def adapted(runs) -> dict[str, list[RunRecord]]:
+    """The runs of LogitKD as those of an adaptation."""
+    return {'student': runs['student'], 'adapted': [replace(run, name='adapted') for run in runs['LogitKD']]}

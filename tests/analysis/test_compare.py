@@ -124,7 +124,7 @@ def test_without_a_gap_there_is_no_share_of_it(runs, teacher, words):
         (dict(seed=9), "'LogitKD' has 0, 1, 2, 3, 9"),
         (dict(seed=0), "'LogitKD' has several runs with seed 0"),
         (dict(finished=False), 'seed 4 is not finished'),
-        (dict(name='student'), "'LogitKD' should be a distilled student, but .* is of a run of 'student'"),
+        (dict(name='student'), "'LogitKD' should be a distilled or adapted student, but .* is of a run of 'student'"),
     ],
 )
 def test_runs_that_differ_can_not_be_mixed(runs, record, change, message):
@@ -140,3 +140,23 @@ def test_both_sides_are_needed(runs):
         compare({'student': runs['student']})
     with pytest.raises(ConfigError, match="'student' has seeds 0, 1, 2, 3, 4 and 'distilled' has 0, 1"):
         compare({'student': runs['student'], 'distilled': runs['LogitKD'][:2]})
+
+
+def test_an_adaptation_is_compared_with_source_only(adapted):
+    """In its own words, of which those of distillation are none; also beside older records that say distilled."""
+    (better,) = compare(adapted, teacher=70.0).conclusions()
+    assert better == (
+        'adapted is better by 2.00 mIoU, 95 % interval [1.02, 2.98] over 5 paired seeds; '
+        'closes 20 % [10 %, 30 %] of the gap to the target oracle.'
+    )
+    adapted['adapted'][0].name = 'distilled'
+    comparison = compare(adapted, teacher=55.0)
+    assert comparison.gap_sentence() == (
+        'The share of the gap closed is n/a: the target oracle (55.00 mIoU) is not better than source only '
+        '(60.00 mIoU).'
+    )
+    one = compare({name: found[1:2] for name, found in adapted.items()})
+    said = ' '.join(one.conclusions())
+    assert 'adapted scored 1.00 mIoU higher than source only with seed 1' in said
+    assert 'the score of the target oracle is not known (give it with --teacher)' in said
+    assert not any(word in said for word in ('alone', 'distill', 'the teacher'))

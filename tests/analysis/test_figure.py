@@ -59,6 +59,18 @@ def test_picture_is_drawn_with_every_part(runs, examples, tmp_path):
         assert share(image, mark) > 1e-4
 
 
+def test_the_picture_of_an_adaptation_names_its_baseline(adapted, examples, monkeypatch, tmp_path):
+    drawn = []
+    monkeypatch.setattr(Figure, 'savefig', lambda self, *_, **__: drawn.append(self))
+    save_figure(compare(adapted, 70.0), tmp_path / 'x.png', examples)
+    FigureCanvasAgg(drawn[0]).draw()
+    texts = [' '.join(text.get_text().split()) for text in visible_texts(drawn[0])]
+    assert 'Compared with source only: mIoU, 800 iterations, 5 paired seeds' in texts
+    # the legend of the curves, the bars, and above the examples
+    assert [texts.count(name) for name in ('source only', 'adapted', 'target oracle')] == [3, 3, 2]
+    assert not any('student' in text or 'teacher' in text for text in texts)
+
+
 def test_picture_without_examples_is_shorter(runs, examples, tmp_path):
     comparison = compare({'student': runs['student'], 'distilled': runs['LogitKD']}, None)
     short = imread(save_figure(comparison, tmp_path / 'short.png'))

@@ -85,3 +85,15 @@ def test_files_are_written(runs, tmp_path):
     files = write_report(compare(runs, 70.0), tmp_path / 'new')
     assert [f.name for f in files] == ['comparison.md', 'comparison.csv']
     assert files[0].read_text(encoding='utf-8').startswith('# Compared with the student alone: mIoU')
+
+
+def test_the_report_of_an_adaptation_names_its_baseline(adapted):
+    comparison = compare(adapted, 70.0)
+    text, screen = markdown(comparison), printed(comparison, 80)
+    assert text.startswith('# Compared with source only: mIoU in percent')
+    assert text.count('| source only |') == 3 and '| target oracle | 70.00 |' in text  # scores, seeds and classes
+    assert '(target oracle minus the mean of source only)' in text and 'The target oracle is 10.00 mIoU above' in text
+    assert 'Compared with source only' in screen and 'target oracle' in screen
+    assert max(map(len, screen.splitlines())) <= 80
+    for said in (text, screen):
+        assert not any(word in said for word in ('student alone', 'distill', 'teacher'))

@@ -3,6 +3,7 @@ import json
 import pytest
 from mmengine.config import Config
 
+from kd_dense.analysis.compare import ADAPTATION
 from kd_dense.analysis.runs import (
     config_of,
     find_runs,
@@ -49,6 +50,14 @@ def trainer(record):
 
     Trainer.calls = []
     return Trainer()
+
+
+def test_runs_of_an_adaptation_have_its_names(cfg, trainer, tmp_path):
+    said = []
+    folders = train_runs(cfg, tmp_path / 'out', [3], trainer, said.append, words=ADAPTATION)
+    assert folders == {name: [tmp_path / 'out' / name / 'seed_3'] for name in ('student', 'adapted')}
+    assert said[0].startswith('run 1 of 2: source only, seed 3: training in')
+    assert said[-1] == 'run 2 of 2: adapted, seed 3: mIoU 64.00'
 
 
 def test_every_seed_is_trained_both_ways(cfg, trainer, tmp_path):
@@ -135,7 +144,7 @@ def test_several_configs_share_the_student_alone(cfg, trainer, tmp_path):
 def test_several_configs_must_be_of_one_student(cfg, trainer, tmp_path):
     configs = variants(cfg)
     configs['cold'].train_cfg = dict(max_iters=7)
-    with pytest.raises(ConfigError, match=r'CONFIG cold: without distillation .*train_cfg.max_iters was None'):
+    with pytest.raises(ConfigError, match=r'CONFIG cold: the student alone .*train_cfg.max_iters was None'):
         train_variants(configs, tmp_path, [0], trainer, alone, str)
     assert trainer.calls == []
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import importlib.util
 import json
 import math
+import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -26,12 +29,15 @@ from ultralytics.utils.patches import torch_load
 
 import kd_dense.yolo
 from kd_dense.adaptation.style import translate
-from kd_dense.errors import ConfigError
+from kd_dense.engine.run import load_config, student_alone
+from kd_dense.errors import ConfigError, sentence
+from kd_dense.export import ExportOptions, export_any
 from kd_dense.yolo import AdaptationTrainer
 from kd_dense.yolo.adaptation_config import Adaptation, Style, parse
 from kd_dense.yolo.adaptation_model import AdaptationModel, labels_of, one_to_many
 from kd_dense.yolo.adaptation_trainer import SourceTrainer
 from kd_dense.yolo.config import read
+from kd_dense.yolo.doctor import YoloToolbox
 from kd_dense.yolo.model import COUNTS
 from kd_dense.yolo.paired_data import FormatPair, OnBoth, PairedLoader, TranslatedDataset
 from tests.helpers.processes import assert_equal, in_a_fork, kill_myself
@@ -73,6 +79,10 @@ def write_adaptation(tmp_path, data, student_yaml, target):
         return path
 
     return write
+
+
+def copied(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
 
 
 def rows_of(folder: Path) -> list[dict[str, float]]:
@@ -511,6 +521,8 @@ def test_a_config_without_adaptation(write_config, student_yaml, data):
         AdaptationTrainer(overrides={**FAST, 'model': student_yaml(), 'data': str(data)})
 
 
+#: Source -> classes in the data that the configs are for.
+CLASSES = {'camvid': 3, 'cityscapes': 8, 'voc': 20}
 CONFIGS = sorted((Path(__file__).parents[2] / 'configs' / 'adaptation' / 'yolo').glob('*.py'))
 
 
@@ -526,6 +538,25 @@ def test_shipped_configs(path, tmp_path):
     missing.train.device = 'cpu'
     with pytest.raises(ConfigError, match='data: '):
         kd_dense.yolo.train(missing, tmp_path / 'run')
+
+
+@pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
+def test_shipped_configs_train(path, student_yaml, tmp_path):
+    """Four steps on made data, with everything that the config says but sizes; a large student becomes a small one."""
+    config = Config.fromfile(path)
+    (classes,) = (count for source, count in CLASSES.items() if f'_{source}-to-' in path.stem)
+    names = tuple(f'class {i}' for i in range(classes))
+    config.data = str(write_data(tmp_path / 'source', names=names))
+    config.adaptation.target = str(write_data(tmp_path / 'target', names=names))
+    if config.student != 'configs/demo/yolo_student.yaml':
+        config.student = student_yaml()
+    config.adaptation.pseudo_labels = {**config.adaptation.get('pseudo_labels', {}), 'score_threshold': 1e-6}
+    config.train.update(epochs=1, imgsz=64, batch=2, workers=0, device='cpu', plots=False)
+    record = kd_dense.yolo.train(config, tmp_path / 'run')
+    (row,) = rows_of(tmp_path / 'run')
+    assert (record.name, record.iterations) == ('adapted', 4)
+    assert row['train/source'] > 0 and row['train/styled'] > 0 and row['train/pseudo'] > 0
+    assert row['train/consistency'] >= 0 and row['pseudo/per_image'] > 0 and 0 <= row['teacher/mAP50-95'] <= 1
 
 
 # -- bad data ----------------------------------------------------------------------------------------------------------
@@ -567,6 +598,26 @@ def test_bad_data(damage, sentence, write_adaptation, data, tmp_path):
         kd_dense.yolo.train(write_adaptation(**damage(tmp_path, data)), tmp_path / 'run')
 
 
+@pytest.mark.parametrize(('domain', 'content'), [('target', None), ('source', None), ('target', b'no image')])
+def test_images_that_go_while_training(write_adaptation, tmp_path, domain, content):
+    """One of both domains; a style may be read from it before an image is."""
+    folders = {name: write_data(tmp_path / name) for name in ('source', 'target')}
+    config = write_adaptation(target=str(folders['target']))
+    config.write_text(re.sub('data = .*', f'data = {str(folders["source"])!r}', config.read_text(), count=1))
+    broken = tmp_path / domain / 'images' / 'train'
+
+    def damage(trainer):
+        for file in broken.iterdir():
+            file.unlink()
+            if content is not None:
+                file.write_bytes(content)
+
+    with calling('on_train_start', damage), pytest.raises(ConfigError) as end:
+        kd_dense.yolo.train(config, tmp_path / 'run')
+    assert re.search(f'{broken}/train[0-9].png is missing or .*; restore', sentence(end.value))
+    assert '\n' not in sentence(end.value)
+
+
 def test_arguments_that_do_not_go_together(write_adaptation, tmp_path, student_yaml):
     with pytest.raises(ConfigError, match=r'train\.batch: give a number of images'):
         kd_dense.yolo.train(write_adaptation(train=dict(batch=-1)), tmp_path / 'run')
@@ -593,7 +644,7 @@ def calling(event: str, action):
         yield
 
 
-def test_two_epochs(write_adaptation, data, target, tmp_path):
+def test_two_epochs(write_adaptation, data, target, tmp_path, caplog):
     """Images of other sizes, a YAML as the target, colours on the way, gradients of two batches in a step."""
     students, teachers, finals = [], [], {}
     original = AdaptationTrainer.after_step
@@ -635,7 +686,9 @@ def test_two_epochs(write_adaptation, data, target, tmp_path):
         assert row['train/source'] > 0 and row['train/styled'] > 0 and row['train/pseudo'] > 0
         assert row['train/consistency'] >= 0 and row['pseudo/per_image'] > 0 and 0 < row['pseudo/score'] < 1
         assert 0 <= row['pseudo/precision'] <= 1 and 0 <= row['teacher/mAP50-95'] <= 1
-    assert (record.name, record.metric, len(record.curve), record.extra_parameters) == ('distilled', 'mAP50-95', 2, 0)
+    assert (record.name, record.metric, len(record.curve), record.extra_parameters) == ('adapted', 'mAP50-95', 2, 0)
+    said = re.findall(r'pseudo labels: (per_image .*)', caplog.text)
+    assert len(said) == 2 and all(f', count.{name} ' in line for line in said for name in ('disc', 'square'))
     # A plain student, which loads and predicts where kd_dense can not be imported.
     text = subprocess.run(
         [sys.executable, '-c', PLAIN, record.checkpoint], cwd=tmp_path, capture_output=True, text=True, check=True
@@ -646,6 +699,69 @@ def test_two_epochs(write_adaptation, data, target, tmp_path):
     for name, value in saved['model'].state_dict().items():
         assert torch.equal(value, finals['average'][name].half() if value.is_floating_point() else value), name
     assert kd_dense.yolo.evaluate(config, record.checkpoint)['metrics/mAP50-95(B)'] >= 0
+
+
+def test_accumulation_gives_the_teacher_of_a_large_batch(student_yaml, tmp_path):
+    """Two batches of two in a step, or one of four; of images that are all alike, so that their order is no matter.
+
+    Ultralytics divides a loss by the scores of its targets, unless they sum to less than 1, and multiplies it by the
+    number of images. The objects are as large as what an untrained model predicts, so that the scores are more.
+    """
+    folders = {}
+    for number, domain in enumerate(('source', 'target')):
+        folders[domain] = tmp_path / domain
+        data = write_data(folders[domain])
+        files = sorted((folders[domain] / 'images' / 'train').iterdir())
+        content = files[2 + number].read_bytes()
+        for file in files:
+            file.write_bytes(content)
+        for file in (folders[domain] / 'labels' / 'train').iterdir():
+            file.write_text('0 0.5 0.5 0.94 0.94\n1 0.45 0.5 0.86 0.9')
+    as_they_are = dict.fromkeys(('mosaic', 'hsv_h', 'hsv_s', 'hsv_v', 'fliplr', 'translate', 'scale'), 0.0)
+    original = AdaptationTrainer.join
+    found = []
+
+    def join(self, student):
+        for module in student.modules():  # statistics of two batches are other ones than of both
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.momentum = 0.0
+        return original(self, student)
+
+    def begin(trainer):
+        found[-1]['begin'] = copied(trainer.joined.student_model)
+
+    def finish(trainer):
+        teacher = trainer.joined.mean_teacher
+        found[-1].update(teacher=copied(teacher.model), updates=teacher.updates)
+        found[-1].update(student=copied(trainer.joined.student_model), pseudo=float(trainer.tloss['pseudo']))
+
+    for batch in (2, 4):
+        found.append({})
+        config = tmp_path / f'{batch}.py'
+        adaptation = dict(target=str(data), pseudo_labels=ANYTHING, pseudo_weight=1.0, mean_teacher=dict(decay=0.7))
+        train = {**FAST, **as_they_are, 'epochs': 2, 'imgsz': 128, 'nbs': 4, 'batch': batch, 'val': False}
+        values = dict(student=student_yaml(), data=str(folders['source'] / 'data.yaml'), train=train)
+        values['adaptation'] = dict(adaptation, evaluate_teacher=False)
+        config.write_text('\n'.join(f'{k} = {v!r}' for k, v in values.items()))
+        with (
+            mock.patch.object(AdaptationTrainer, 'join', join),
+            calling('on_train_start', begin),
+            calling('on_train_epoch_end', finish),
+            mock.patch.object(AdaptationTrainer, 'final_eval'),
+        ):
+            kd_dense.yolo.train(config, tmp_path / f'run{batch}')
+    small, large = found
+    assert small['updates'] == large['updates'] == 4 and small['pseudo'] > 0
+    assert small['pseudo'] == pytest.approx(large['pseudo'], rel=1e-3)
+    assert_equal(small['begin'], large['begin'])
+    for side in ('student', 'teacher'):
+        moved = 0.0
+        for name, value in large[side].items():
+            if name.endswith('num_batches_tracked'):
+                continue
+            torch.testing.assert_close(small[side][name], value, rtol=0, atol=3e-4, msg=f'{side} {name}')
+            moved = max(moved, float((value - large['begin'][name]).abs().max()))
+        assert moved > 1e-2, side
 
 
 def test_the_mean_teacher_is_saved(write_adaptation, data, tmp_path):
@@ -742,6 +858,36 @@ def test_source_only_has_as_many_steps(write_adaptation, tmp_path, target):
     assert torch_load(alone.checkpoint)['train_args']['distill_model'] == str(tmp_path / 'b' / 'config.py')
 
 
+@pytest.mark.slow
+def test_the_tools(write_adaptation, tmp_path, capsys):
+    """Source only and adapted are compared, and the checkpoint exported; there is no teacher to examine."""
+    spec = importlib.util.spec_from_file_location('compare_tool', Path(__file__).parents[2] / 'tools' / 'compare.py')
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    config, out = write_adaptation(), tmp_path / 'out'
+    tool.main([str(config), '--work-dir', str(out), '--seeds', '0', '--examples', '1'])
+    said = ' '.join(capsys.readouterr().out.split())
+    assert 'run 1 of 2: source only, seed 0' in said and 'run 2 of 2: adapted, seed 0' in said
+    assert 'source only with seed 0' in said and 'example images' not in said
+    text = (out / 'comparison.md').read_text(encoding='utf-8')
+    assert '| source only |' in text and '| adapted |' in text and (out / 'comparison.png').is_file()
+    assert 'student alone' not in text and 'distill' not in text
+    checkpoint = out / 'adapted' / 'seed_0' / 'weights' / 'last.pt'
+    options = ExportOptions(format='pth', out=str(tmp_path / 'student.pt'), images='1')
+    assert export_any(load_config(str(config)), str(checkpoint), options).equal
+    with pytest.raises(ConfigError, match='adaptation: this is an adaptation, whose teacher is the moving average'):
+        YoloToolbox(config).check_config()
+
+
+def test_variants_are_compared_with_one_baseline(write_adaptation):
+    """Other styles and weights leave the baseline as it is; another target does not."""
+    options = dict(one=dict(pseudo_weight=1.0, style=None), two=dict(behaviour='official'), other=dict(target='images'))
+    configs = [load_config(str(write_adaptation(f'{name}.py', **values))) for name, values in options.items()]
+    alone = [student_alone(cfg) for cfg in configs]
+    assert alone[0].to_dict() == alone[1].to_dict() != alone[2].to_dict()
+    assert read(alone[0]).adaptation.pseudo_weight == 0.005 != read(configs[0]).adaptation.pseudo_weight
+
+
 def trainer_of(config: Path, folder: Path, **arguments) -> AdaptationTrainer:
     """With its model and the loader of its training, as Ultralytics sets it up."""
     settings = read(config)
@@ -786,3 +932,66 @@ def test_the_processes_of_several_gpus_build_the_same_trainer(write_adaptation, 
     again = state['trainer'](cfg={**DEFAULT_CFG_DICT, 'save_dir': ''}, overrides=state['args'], _callbacks={})
     assert type(again) is AdaptationTrainer and isinstance(again.options, Adaptation)
     assert again.options == trainer.options
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason='two processes on the CPU; Ultralytics would choose GPUs')
+@pytest.mark.parametrize('save', ['student', 'mean_teacher'])
+def test_two_processes(write_adaptation, tmp_path, save):
+    """A whole run in two processes: shares of both domains, one teacher, a plain checkpoint, and scores."""
+    train = dict(epochs=2, batch=4, nbs=4)
+    config = write_adaptation(mean_teacher=dict(decay=0.8), pseudo_weight=1.0, save=save, train=train)
+    root, folder = Path(__file__).parents[2], tmp_path / 'run'
+    environment = dict(os.environ, OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES='', PYTHONPATH=str(root))
+    command = ['torch.distributed.run', '--nproc_per_node=2', '--rdzv-backend=c10d', '--rdzv-endpoint=localhost:0']
+    done = subprocess.run(
+        [sys.executable, '-W', 'ignore', '-m', *command, '-m', 'tests.yolo.two_processes', str(config), str(folder)],
+        cwd=root,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = (torch.load(folder / f'end_{rank}.pth') for rank in (0, 1))
+    assert (first['record'], second['record']) == (True, False)
+    for one in (first, second):
+        assert one['wrapper'] == 'DistributedDataParallel' and one['parameters'] == sum(
+            p.numel() for p in build('yolo11').parameters()
+        )
+    # 8 and 6 images: two batches of 2 and 2 of a process in an epoch, no image of the source twice
+    for epoch in range(2):
+        source = [sum((images for e, images, _ in one['images'] if e == epoch), []) for one in (first, second)]
+        assert [len(set(images)) for images in source] == [4, 4] and not set(source[0]) & set(source[1])
+    target = [set(sum((images for _, _, images in one['images']), [])) for one in (first, second)]
+    assert target[0] != target[1] and len(target[0] | target[1]) == 6
+    # one teacher, the moving average of the students: equal weights, and running statistics that differ
+    assert len(first['teachers']) == 4
+    assert_equal(first['begin'], second['begin'])
+    assert_equal(first['teachers'], second['teachers'])
+    expected, differ = dict(first['begin']), 0
+    for teacher, *students in zip(first['teachers'], first['students'], second['students'], strict=True):
+        for name, (own, other) in ((name, [student[name] for student in students]) for name in teacher):
+            if not own.is_floating_point():
+                assert torch.equal(teacher[name], own)
+                continue
+            differ += not torch.equal(own, other)
+            assert 'running' in name or torch.equal(own, other), name
+            expected[name] = 0.8 * expected[name] + 0.2 * (own + other) / 2
+            torch.testing.assert_close(teacher[name], expected[name], rtol=1e-5, atol=1e-7)
+    assert differ > 100 and not torch.equal(*(first['teachers'][i]['model.0.conv.weight'] for i in (0, 3)))
+    # what is saved and scored
+    checkpoint = folder / 'weights' / 'last.pt'
+    saved = torch_load(checkpoint, map_location='cpu')
+    weights = first['average'] if save == 'student' else first['teachers'][-1]
+    assert saved.get('kd_dense') is None and type(saved['model']).__name__ == 'DetectionModel'
+    for name, value in saved['model'].state_dict().items():
+        assert torch.equal(value, weights[name].half() if value.is_floating_point() else weights[name]), name
+    text = subprocess.run(
+        [sys.executable, '-c', PLAIN, checkpoint], cwd=tmp_path, capture_output=True, text=True, check=True
+    ).stdout
+    assert len(json.loads(text.splitlines()[-1])[str(checkpoint)]) > 0
+    rows = rows_of(folder)
+    other = 'teacher' if save == 'student' else 'student'
+    assert len(rows) == 2 and all(0 <= row[f'{other}/mAP50-95'] <= 1 and row['pseudo/per_image'] > 0 for row in rows)
+    assert len(json.loads((folder / 'record.json').read_text())['curve']) == 2

@@ -14,6 +14,12 @@ from torch import Tensor, nn
 from kd_dense.distillation import Distillers
 from kd_dense.teacher import LoadReport, Normalization
 
+#: What the doctor and the benchmark say of a config that adapts.
+ADAPTS = (
+    'this is an adaptation, whose teacher is the moving average of its student, so that there is no trained teacher to '
+    'look at; train it, and read its log (docs/adaptation.md)'
+)
+
 
 @dataclass(frozen=True)
 class LoadedTeacher:
