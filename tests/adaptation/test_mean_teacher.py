@@ -229,6 +229,19 @@ def test_does_not_wait_for_the_device():
     assert operations.seen == [] and operations.uploads == []
 
 
+@pytest.mark.parametrize(('policy', 'expected'), [('average', (1, 1)), ('copy', (1, 1)), ('keep', (1, 0))])
+def test_all_tensors_move_at_once(policy, expected):
+    """One operation for whatever is averaged and one for whatever is copied, however many tensors there are."""
+    for width in (1, 6):
+        net = nn.Sequential(*(student() for _ in range(width)))
+        teacher = MeanTeacher(net, buffers=policy)
+        with Operations() as operations:
+            teacher.update(net)
+        moves = {name: count for name, count in operations.counts.items() if name not in ('detach', 'alias')}
+        assert (moves.pop('_foreach_lerp_'), moves.pop('_foreach_copy_', 0)) == expected
+        assert moves == {}
+
+
 @pytest.mark.parametrize(
     ('options', 'message'),
     [
