@@ -298,7 +298,10 @@ def test_a_run_logs_everything_and_ends_with_a_plain_student(whole, tmp_path):
     assert len(scores) == 2
     (log,) = work.glob('*/*.log')
     (said, _) = re.findall('pseudo labels since the last validation: (kept .*)', log.read_text())
-    assert all(f', {what}.{name} ' in said for name in ('background', 'ring') for what in ('count', 'precision'))
+    counts = {name: int(n) for name, n in re.findall(r'count\.(\w+) (\d+)', said)}
+    assert list(counts) == ['background', 'disc', 'ring', 'triangle', 'frame', 'star', 'bar']
+    # of every class that has labels, and of no other
+    assert re.findall(r'precision\.(\w+) ', said) == [name for name, n in counts.items() if n] != []
     stock = build_model(tiny.segmentor(4), 'student')
     stock.load_state_dict(torch.load(work / 'iter_4.pth', weights_only=False)['state_dict'], strict=True)
     assert evaluate(cfg, str(work / 'iter_4.pth'), str(tmp_path))['mIoU'] == pytest.approx(scores[-1][0], abs=0.01)

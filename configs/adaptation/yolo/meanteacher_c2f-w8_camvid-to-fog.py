@@ -13,8 +13,8 @@
 #
 # Source only, the baseline: the same command with --student-alone, which takes as many steps. Scores are mAP50-95 on
 # the validation images in fog; results.csv has those of the mean teacher as teacher/mAP50-95. Night instead of fog:
-# --kind night and yolo_night there, KD_DENSE_WEATHER=night in the environment here. No score of these settings is
-# measured yet.
+# --kind night and yolo_night there, KD_DENSE_WEATHER=night in the environment here. The numbers in docs/results.md
+# begin with a detector that was trained by day.
 _made = '{{$KD_DENSE_CAMVID_ADAPTATION:data/camvid_adaptation}}'
 
 student = 'configs/demo/yolo_student.yaml'
