@@ -179,7 +179,7 @@ def _faults(kept_memory: bool) -> list[int]:
     if kept_memory:
         assert keep_freed_memory()
     found = []
-    for _ in range(4):
+    for _ in range(10):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         torch.ones(16 * MIB)
         found.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
@@ -191,7 +191,8 @@ def test_freed_memory_is_taken_again_without_asking_the_system(tmp_path):
     def action():
         pages = 64 * MIB // resource.getpagesize()
         assert min(_faults(False)) >= pages
-        assert max(_faults(True)[1:]) < pages // 100
+        # Not the first ones: a fork shares the pages that its parent has freed, and copies them when they are written.
+        assert max(_faults(True)[-3:]) < pages // 100
 
     assert in_a_fork(action, tmp_path / 'log') == 0, (tmp_path / 'log').read_text()
 
