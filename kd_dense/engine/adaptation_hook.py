@@ -32,8 +32,7 @@ class AdaptationHook(Hook):
     on). It warns once when there are less than a tenth as many as there were. After each validation it has the scores
     of the teacher as ``teacher.METRIC``.
 
-    It brings along :class:`FiniteHook`, :class:`RandomStateHook` and :class:`GradientHook`, where the config does not
-    name them, and :class:`DeferredLogHook` in the place of MMEngine's ``RuntimeInfoHook``.
+    It brings along the hooks of :func:`~kd_dense.engine.companions.bring_companions`.
 
     Args:
         evaluate_teacher: score the teacher too, after each validation of the student. Takes as long as that.

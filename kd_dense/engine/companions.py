@@ -11,7 +11,7 @@ from kd_dense.engine.safety_hooks import FiniteHook
 
 
 def bring_companions(runner: Runner) -> None:
-    """Register :class:`FiniteHook`, :class:`RandomStateHook` and :class:`GradientHook`, where there is none.
+    """Register :class:`FiniteHook`, :class:`RandomStateHook` and :class:`GradientHook`, where the config names none.
 
     :class:`~kd_dense.engine.DeferredLogHook` takes the place of MMEngine's ``RuntimeInfoHook``.
     """

@@ -39,8 +39,7 @@ class DistillationHook(Hook):
     first backward checks that every connector received a gradient. Checkpoints get the distillation state under the key
     ``kd_dense``, beside the student's plain weights.
 
-    It brings along :class:`FiniteHook`, :class:`RandomStateHook` and :class:`GradientHook`, where the config does not
-    name them, and :class:`DeferredLogHook` in the place of MMEngine's ``RuntimeInfoHook``.
+    It brings along the hooks of :func:`~kd_dense.engine.companions.bring_companions`.
 
     Args:
         score_teacher: run the validation loop once with the teacher before training. Takes as long as one validation.

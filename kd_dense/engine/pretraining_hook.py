@@ -19,8 +19,7 @@ class PretrainingHook(Hook):
 
     After training it logs how the weights are used.
 
-    It brings along :class:`FiniteHook`, :class:`RandomStateHook` and :class:`GradientHook`, where the config does not
-    name them, and :class:`DeferredLogHook` in the place of MMEngine's ``RuntimeInfoHook``.
+    It brings along the hooks of :func:`~kd_dense.engine.companions.bring_companions`.
     """
 
     def before_run(self, runner: Runner) -> None:
