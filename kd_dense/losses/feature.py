@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kd_dense.errors import ConfigError
-from kd_dense.losses.at_once import at_once
-from kd_dense.losses.reduction import at_least_fp32, masked_mean, prepare, zero_outside
+from kd_dense.losses.at_once import at_once, with_gradient
+from kd_dense.losses.reduction import at_least_fp32, count_of, masked_mean, prepare, zero_outside
 from kd_dense.registry import LOSSES
 
 
@@ -44,10 +44,10 @@ def cosine(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tens
 AXES = {'hw': (2, 3), 'c': (1,), 'chw': (1, 2, 3), 'bhw': (0, 2, 3)}
 
 
-@at_once
+@with_gradient
 def normalized_mse(
     student: Tensor, teacher: Tensor, axes: str = 'hw', eps: float = 1e-5, mask: Tensor | None = None
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Mean squared difference of standardised maps, 0..4.
 
     Both maps are shifted and scaled to mean 0 and variance 1 over ``axes``, with the biased variance and ``eps`` inside
@@ -64,22 +64,35 @@ def normalized_mse(
         raise ConfigError(f'axes must be one of {list(AXES)}, not {axes!r}')
     if axes == 'hw' and student.shape[2] * student.shape[3] < 2:
         raise ConfigError("axes='hw' needs maps of more than one cell: a single cell has no spatial pattern")
-    student, teacher = (standardize(x, AXES[axes], eps, mask) for x in prepare(student, teacher))
-    return masked_mean((student - teacher).square(), mask)
+    dims, total = AXES[axes], count_of(student, mask)
+    count = count_of(student, mask, dims)
+    student, teacher = prepare(student, teacher)
+    s, root = _standardized(student, dims, eps, mask, count)
+    difference, _ = _standardized(teacher, dims, eps, mask, count)
+    torch.sub(s, difference, out=difference)
+    value = difference.square().sum() / total
+    # d s_j / d x_i = (1[i = j] - (1 + s_i s_j) / n) / root, and the differences have mean 0
+    along = (difference * s).sum(dims, keepdim=True) / count
+    gradient = difference.addcmul_(s, along, value=-1.0).mul_(2 / (total * root))
+    return value, gradient
 
 
-def standardize(x: Tensor, dims: tuple[int, ...], eps: float, mask: Tensor | None = None) -> Tensor:
-    """``(x - mean) / sqrt(var + eps)`` over ``dims``, statistics over the positions where ``mask`` is true."""
+def _standardized(
+    x: Tensor, dims: tuple[int, ...], eps: float, mask: Tensor | None, count: Tensor | int
+) -> tuple[Tensor, Tensor]:
+    """``(x - mean) / sqrt(var + eps)`` over ``dims``, a new tensor and 0 outside the mask, and the root.
+
+    Sums in place of ``var_mean`` and ``instance_norm``, which take ten times as long on a CPU.
+    """
     if mask is None:
-        if dims == (2, 3):
-            return F.instance_norm(x, eps=eps)
-        var, mean = torch.var_mean(x, dims, correction=0, keepdim=True)
-        return (x - mean) * (var + eps).rsqrt()
-    count = mask.expand_as(x).sum(dims, keepdim=True).clamp(min=1)
-    x = zero_outside(x, mask)
-    mean = x.sum(dims, keepdim=True) / count
-    centred = zero_outside(x - mean, mask)
-    return centred * (centred.square().sum(dims, keepdim=True) / count + eps).rsqrt()
+        x = x - x.sum(dims, keepdim=True) / count
+    else:
+        x = zero_outside(x, mask)
+        x.sub_(x.sum(dims, keepdim=True) / count).mul_(mask)  # a product will do: everything is finite here
+    root = (x.square().sum(dims, keepdim=True) / count + eps).sqrt_()
+    if mask is not None:
+        root.masked_fill_(root == 0, 1.0)  # with eps = 0, where the mask leaves nothing
+    return x.div_(root), root
 
 
 def score_weighted_mse(student: Tensor, teacher: Tensor, score: Tensor, eps: float = 1e-9) -> Tensor:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -27,7 +30,19 @@ def zero_outside(x: Tensor, mask: Tensor | None) -> Tensor:
 
 def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
     """Mean of ``values`` over the positions where ``mask`` (broadcast to it) is true; 0 when there are none."""
+    return values.mean() if mask is None else zero_outside(values, mask).sum() / count_of(values, mask)
+
+
+def count_of(x: Tensor, mask: Tensor | None, dims: Sequence[int] | None = None) -> Tensor | int:
+    """How many entries of ``x`` lie inside ``mask`` (broadcast to it), at least 1.
+
+    Args:
+        dims: those that are counted over, which stay with size 1; default: all, and none stays.
+    """
+    over = tuple(range(x.ndim) if dims is None else dims)
     if mask is None:
-        return values.mean()
-    mask = mask.expand_as(values)
-    return zero_outside(values, mask).sum() / mask.sum().clamp(min=1)
+        return math.prod(x.shape[d] for d in over)
+    mask = mask[(None,) * (x.ndim - mask.ndim)]
+    # The mask is counted as it is: what it is broadcast to may have hundreds of times as many entries.
+    copies = math.prod(x.shape[d] // mask.shape[d] for d in over)
+    return (mask.sum(over, keepdim=dims is not None) * copies).clamp(min=1)
