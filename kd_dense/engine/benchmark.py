@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from kd_dense.analysis.doctor.watch import at_full_strength
 from kd_dense.analysis.doctor.weights import about_weights
 from kd_dense.cache.of_batch import read_batch, write_batch
 from kd_dense.cache.teacher import FIELD, as_field
+from kd_dense.context import Context, TeacherRoIs
 from kd_dense.engine.amp import set_precision
 from kd_dense.engine.doctor import MMToolbox
 from kd_dense.errors import ConfigError
@@ -102,10 +104,14 @@ class MMBench(Bench):
             raise ConfigError(nothing)
         model = toolbox.model
         wrapper = self._optimizer(model)
+        with at_full_strength(joined):
+            asked = self._asked(model)
 
         def teacher() -> None:
             with wrapper.optim_context(model):
                 toolbox.teacher_step(self.batch)
+                for ask in asked:
+                    ask()
 
         works = {
             'student': student_alone,
@@ -124,6 +130,27 @@ class MMBench(Bench):
                 stack.enter_context(at_full_strength(cached.distillers))
                 works['cached'] = self._reading(self._distilling(cached, self._optimizer(cached)), cached)
             yield works
+
+    def _asked(self, model: Distillation) -> list[Callable[[], object]]:
+        """What distillers ask of the teacher's RoI head about the student's regions, to be asked again.
+
+        It is work of the teacher behind its deepest tap, which nothing can do without.
+        """
+        asked: list[Callable[[], object]] = []
+        context = model.context
+
+        def listening(*args: Any) -> Context:
+            found = context(*args)
+            if found.teacher_rois is not None:
+                found.teacher_rois = _Listening(found.teacher_rois, asked)
+            return found
+
+        model.context = listening
+        try:
+            model._run_forward(self.batch, mode='loss')
+        finally:
+            del model.context
+        return asked
 
     def _cached(self, model: Distillation, distillers: Mapping[str, Mapping], folder: Path) -> Distillation:
         """The same student, with a cache of what the teacher gives for the batch in its place."""
@@ -178,6 +205,21 @@ class MMBench(Bench):
             return model.parse_losses(losses)[0]
 
         return Work(forward, update or wrapper.update_params, [model])
+
+
+class _Listening:
+    """A :class:`~kd_dense.context.TeacherRoIs` that notes what it is asked."""
+
+    def __init__(self, teacher_rois: TeacherRoIs, asked: list[Callable[[], object]]) -> None:
+        self._teacher_rois, self._asked = teacher_rois, asked
+
+    def boxes(self, features: list[Tensor], rois: Tensor, stage: int) -> tuple[Tensor, Tensor]:
+        self._asked.append(partial(self._teacher_rois.boxes, features, rois.detach(), stage))
+        return self._teacher_rois.boxes(features, rois, stage)
+
+    def masks(self, features: list[Tensor], rois: Tensor, stage: int) -> Tensor:
+        self._asked.append(partial(self._teacher_rois.masks, features, rois.detach(), stage))
+        return self._teacher_rois.masks(features, rois, stage)
 
 
 class MMRazorStyle(Distillation):

@@ -171,6 +171,35 @@ def test_cached_step_of_what_is_not_per_image__one_sentence():
         pass
 
 
+@pytest.mark.parametrize('kind, stages', [('FasterRCNN', 1), ('CascadeRCNN', 3)])
+def test_the_teacher_includes_its_roi_head_on_the_regions_of_the_student(kind, stages, monkeypatch):
+    """RoIKD asks for it after the student's forward; it is no overhead of the distiller."""
+    bench = MMBench(detection(kind, roi=dict(type='RoIKD')), LARGE)
+    bench.prepare()
+    with bench.variant(bench.distillers(), []) as works:
+        model, calls = bench.toolbox.model, []
+        head = type(bench.toolbox.teacher.roi_head)
+        original = head._bbox_forward
+
+        def spy(self, *args):
+            if self is bench.toolbox.teacher.roi_head:
+                calls.append((args[-1].shape, [x.shape for x in args[-2]]))
+            return original(self, *args)
+
+        monkeypatch.setattr(head, '_bbox_forward', spy)
+        works['teacher']()
+        alone = list(calls)
+        calls.clear()
+        works['step']()
+        assert len(alone) == stages and alone == calls
+        assert 'context' not in vars(model)
+    with bench.variant(dict(neck=dict(type='NFD', taps='neck')), []) as works:
+        calls.clear()
+        works['teacher']()
+        works['step']()
+        assert calls == []
+
+
 @pytest.mark.parametrize('kind', ['GFL', 'FasterRCNN'])
 def test_detectors(kind):
     cfg = resized(detection(kind), dict(type='Resize', scale=(128, 160), keep_ratio=True))
