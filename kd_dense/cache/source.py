@@ -56,7 +56,10 @@ class MMEngineSource(Source):
 
     def __init__(self, cfg: Config, views: int, seed: int) -> None:
         if not is_distillation(cfg):
-            raise ConfigError(f'model: {cfg.filename or "the config"} has no model of type kd_dense.Distillation')
+            raise ConfigError(
+                f'model: {cfg.filename or "the config"} has no model of type kd_dense.Distillation, and so no trained '
+                'teacher to keep the outputs of; give a distillation config'
+            )
         check_hooks(cfg)
         check_data(cfg, ('train_dataloader',))
         self.cfg, self.scope = cfg, _toolbox(cfg)

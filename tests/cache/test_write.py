@@ -368,3 +368,11 @@ def test_two_writers__one_sentence(config, tmp_path):
 def test_manifest__comes_back_as_it_was(cache):
     manifest = Manifest.load(Path(cache))
     assert manifest.complete and manifest.identity == replace(manifest, complete=False, shard_bytes=()).identity
+
+
+def test_config_without_distillation__one_sentence(config, tmp_path):
+    plain = changed(config)
+    plain.model = plain.model.student
+    with pytest.raises(ConfigError, match='no trained teacher to keep the outputs of; give a distillation config'):
+        write_cache(plain, str(tmp_path / 'cache'), OPTIONS)
+    assert not (tmp_path / 'cache').exists()
