@@ -10,8 +10,8 @@ model = dict(
     student={{_base_.model}},
     teacher=dict(config='configs/demo/detection_teacher.py', checkpoint='work_dirs/demo_detection/teacher/epoch_9.pth'),
     distillers=dict(
-        # The pattern of every pyramid level, at the start with four times the gradient of the task at the neck. In so
-        # short a training a student profits most from where the features of the teacher differ within an image.
+        # The pattern of every pyramid level, at the start with four times the gradient of the task at the neck: of the
+        # shares 1, 4 and 12 the best with seed 0, see docs/results.md.
         neck=dict(type='NFD', taps='neck', loss_weight=dict(type='auto', share=4.0)),
     ),
 )

@@ -12,7 +12,7 @@ model = dict(
         config='configs/demo/segmentation_teacher.py', checkpoint='work_dirs/demo_segmentation/teacher/iter_800.pth'
     ),
     distillers=dict(
-        # The pattern of the joined features before the classifier: what a short training learns last.
+        # The pattern of the joined features before the classifier.
         head=dict(type='NFD', taps='decode_head.fusion_conv', loss_weight=2.0),
     ),
 )

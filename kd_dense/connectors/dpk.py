@@ -48,9 +48,9 @@ class PriorReconstruction(nn.Module):
         in_channels: int,
         out_channels: int,
         patch: int = 1,
-        width: int = 256,
+        width: int = 128,
         depth: Sequence[int] = (2, 2),
-        heads: int = 8,
+        heads: int = 4,
         stitch: str = 'before_encoder',
     ) -> None:
         super().__init__()

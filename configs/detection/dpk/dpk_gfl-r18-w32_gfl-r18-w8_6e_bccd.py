@@ -6,7 +6,7 @@ _base_ = ['../nfd/nfd_gfl-r18-w32_gfl-r18-w8_6e_bccd.py']
 model = dict(
     distillers=dict(
         _delete_=True,
-        # As wide as the teacher's neck; the default of 256 is for pyramids of that width.
+        # As wide as the teacher's neck; half of that does as well (docs/results.md).
         neck=dict(type='DPK', taps='neck', width=64, heads=4, loss_weight=dict(type='auto', share=1.0)),
     )
 )
