@@ -6,7 +6,10 @@ from typing import Any
 
 from torch import nn
 from ultralytics.nn.distill_model import DistillationModel as UltralyticsDistillationModel
+from ultralytics.utils import LOGGER
 from ultralytics.utils.torch_utils import copy_attr
+
+from kd_dense.compilation import or_uncompiled
 
 
 class StudentInsideModel(UltralyticsDistillationModel):
@@ -44,12 +47,13 @@ class StudentInsideModel(UltralyticsDistillationModel):
         """Have ``torch.compile`` compile the student's forward.
 
         In place: names of modules and tensors stay as they are, and copies (the moving average, a checkpoint) are not
-        compiled.
+        compiled. Where compiling fails, the training goes on without: :func:`~kd_dense.compilation.or_uncompiled`.
 
         Args:
             mode: of ``torch.compile``; ``True`` is ``'default'``, as for Ultralytics' argument ``compile``.
         """
-        self.student_model.compile(mode='default' if mode is True else mode, backend=backend)
+        options = {'mode': 'default' if mode is True else mode, 'backend': backend}
+        self.student_model.compile(**or_uncompiled(options, LOGGER.warning))
 
     def _apply(self, fn, recurse: bool = True) -> StudentInsideModel:
         super()._apply(fn, recurse)

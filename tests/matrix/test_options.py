@@ -280,6 +280,27 @@ def test_compile__trains_like_eager(backend, tolerance, weight, data, teachers, 
         torch.testing.assert_close(compiled['state_dict'][name], value, rtol=tolerance, atol=10 * tolerance, msg=name)
 
 
+def _fails(graph, inputs):
+    raise RuntimeError('there is no compiler')
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('toolbox', ['mmseg', 'mmdet'])
+def test_compile__where_it_fails_the_training_is_that_without(toolbox, data, teachers, tmp_path, monkeypatch):
+    """The config that the checkpoint keeps is the user's."""
+    monkeypatch.setitem(torch._dynamo.backends.registry._BACKENDS, 'fails', None)
+    monkeypatch.setitem(torch._dynamo.backends.registry._COMPILER_FNS, 'fails', _fails)
+    torch._dynamo.reset()
+    distillers = {'nfd': SEGMENTATION['nfd'] if toolbox == 'mmseg' else DETECTION['nfd']}
+    plain = run(toolbox, distillers, {}, data, teachers, tmp_path / 'plain')
+    found = run(toolbox, distillers, {'compile': dict(backend='fails')}, data, teachers, tmp_path / 'fails')
+    for name, value in plain['state_dict'].items():
+        torch.testing.assert_close(found['state_dict'][name], value, msg=name)
+    assert "compile=dict(backend='fails')" in ''.join(found['meta']['cfg'].split())
+    log = next((tmp_path / 'fails').glob('*/*.log')).read_text()
+    assert log.count('compile: torch.compile fails (RuntimeError: there is no compiler), so nothing more') == 1
+
+
 # -- precision ---------------------------------------------------------------------------------------------------------
 
 

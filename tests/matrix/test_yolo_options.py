@@ -21,6 +21,7 @@ from ultralytics.nn.tasks import DetectionModel  # isort: skip
 from ultralytics.utils import YAML  # isort: skip
 
 from kd_dense.yolo import DistillationModel, DistillationTrainer  # isort: skip
+from kd_dense.yolo.student_inside import StudentInsideModel  # isort: skip
 from kd_dense.yolo.trainer import STATE  # isort: skip
 from tests.yolo.helpers import CLASSES, FAST, save_model  # isort: skip
 from tests.yolo.test_model import batch_of, join, spread_scores, student_of  # isort: skip
@@ -160,6 +161,24 @@ def test_compile__trains_like_eager(run, tmp_path):
     compiled = run(distillers, name='compiled', compile=True).distillation.student_model.state_dict()
     for name, value in plain.items():
         torch.testing.assert_close(compiled[name], value, msg=name)
+
+
+def _fails(graph, inputs):
+    raise RuntimeError('there is no compiler')
+
+
+def test_compile__where_it_fails_the_training_is_that_without(run, monkeypatch):
+    plain = run({'mimic': DISTILLERS['mimic']}, name='plain').distillation.student_model.state_dict()
+    compile_student = functools.partialmethod(StudentInsideModel.compile_student, backend=_fails)
+    monkeypatch.setattr(DistillationModel, 'compile_student', compile_student)
+    said = []
+    monkeypatch.setattr('kd_dense.yolo.student_inside.LOGGER.warning', said.append)
+    torch._dynamo.reset()
+    found = run({'mimic': DISTILLERS['mimic']}, name='fails', compile=True).distillation.student_model.state_dict()
+    for name, value in plain.items():
+        torch.testing.assert_close(found[name], value, msg=name)
+    (sentence,) = (text for text in said if 'compile' in text)
+    assert sentence.startswith('compile: torch.compile fails (RuntimeError: there is no compiler), so nothing more')
 
 
 @pytest.mark.slow
