@@ -105,7 +105,7 @@ class MMBench(Bench):
         model = toolbox.model
         wrapper = self._optimizer(model)
         with at_full_strength(joined):
-            asked = self._asked(model)
+            asked = self._asked(model, wrapper)
 
         def teacher() -> None:
             with wrapper.optim_context(model):
@@ -131,7 +131,7 @@ class MMBench(Bench):
                 works['cached'] = self._reading(self._distilling(cached, self._optimizer(cached)), cached)
             yield works
 
-    def _asked(self, model: Distillation) -> list[Callable[[], object]]:
+    def _asked(self, model: Distillation, wrapper: OptimWrapper) -> list[Callable[[], object]]:
         """What distillers ask of the teacher's RoI head about the student's regions, to be asked again.
 
         It is work of the teacher behind its deepest tap, which nothing can do without.
@@ -147,7 +147,8 @@ class MMBench(Bench):
 
         model.context = listening
         try:
-            model._run_forward(self.batch, mode='loss')
+            with wrapper.optim_context(model):  # the features that it looks at are in the precision of the training
+                model._run_forward(self.batch, mode='loss')
         finally:
             del model.context
         return asked

@@ -8,10 +8,11 @@ import pytest
 import torch
 from mmengine.config import Config
 
-from kd_dense import ConfigError
+from kd_dense import ConfigError, Distillation
 from kd_dense.analysis.benchmark import Options, Variant, benchmark
 from kd_dense.analysis.doctor.quiet import quiet
 from kd_dense.engine.benchmark import MMBench, _without_files, image_size, made_up_batch
+from kd_dense.execution import current_precision
 from kd_dense.models.build import build_model
 from tests.helpers import tiny
 
@@ -246,11 +247,19 @@ def test_teacher_of_a_file(segmentation, tmp_path):
     assert all(torch.equal(v, state[k]) for k, v in bench.toolbox.teacher.state_dict().items())
 
 
-def test_mixed_precision_of_the_config(segmentation):
+def test_mixed_precision_of_the_config(segmentation, monkeypatch):
     segmentation.optim_wrapper.type = 'AmpOptimWrapper'
     bench = MMBench(segmentation, RANDOM)
     assert bench.prepare().precision == 'mixed precision'
+    precisions, context = [], Distillation.context
+
+    def spy(self, *args):
+        precisions.append(current_precision('cpu'))
+        return context(self, *args)
+
+    monkeypatch.setattr(Distillation, 'context', spy)
     with bench.variant({'mimic': {'type': 'FeatureMimic', 'taps': 'backbone:3'}}, []) as works:
+        assert precisions == [torch.bfloat16]  # where it is found out what distillers ask of a RoI head
         seen = []
         bench.toolbox.teacher.backbone.layer1.register_forward_hook(lambda m, i, o: seen.append(o.dtype))
         works['teacher']()
@@ -330,6 +339,15 @@ def test_sentences(segmentation):
     segmentation.model = segmentation.model.student
     with pytest.raises(ConfigError, match='has no model of type kd_dense.Distillation'):
         MMBench(segmentation, RANDOM)
+
+
+def test_batch_of_one_where_a_norm_needs_two__one_sentence():
+    student, teacher = (
+        tiny.segmentor(width, type='PSPHead', in_channels=8 * width, in_index=3, pool_scales=(1, 2)) for width in (4, 8)
+    )
+    cfg = tiny.segmentation_run(distillation(student, teacher, cwd=dict(type='CWD')), Path('nowhere'))
+    with pytest.raises(ConfigError, match='--batch: batch norm needs more than one image here; give --batch 2 or more'):
+        benchmark(MMBench(cfg, Options(batch=1, random_teacher=True)), [Variant('')], [], 1, quiet())
 
 
 def test_pretrained_weights_are_not_fetched():

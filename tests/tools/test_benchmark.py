@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.tools.conftest import ROOT
+from tests.tools.conftest import ROOT, edited
 
 FAST = ('--iters', '1', '--random-teacher')
 
@@ -46,9 +46,11 @@ def test_table_and_files(config, printed, tmp_path):
     assert set(content['rows'][0]['parts']) == {'student', 'teacher', 'step', 'mmrazor-style'}
 
 
-def test_distillers_and_options_of_the_config(config, printed):
-    table, text = printed(config, '--image-size', '96', '--cfg-options', 'train_dataloader.batch_size=1')
-    assert [row[1] for row in table[2:]] == ['LogitKD + FeatureMimic'] and 'batch of 1, 96 x 96 pixels' in text
+def test_distillers_and_options_of_the_config__and_of_several(config, printed, tmp_path):
+    other = edited(config, tmp_path / 'other.py', **{'model.distillers.mimic.type': 'CWD'})
+    table, text = printed(config, other, '--image-size', '96', '--cfg-options', 'train_dataloader.batch_size=1')
+    assert [row[:2] for row in table[2:]] == [['tiny', 'LogitKD + FeatureMimic'], ['other', 'LogitKD + CWD']]
+    assert text.count('batch of 1, 96 x 96 pixels') == 2
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import gc
 import statistics
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -136,7 +136,7 @@ def benchmark(
             facts = bench.prepare()
         for variant in variants:
             distillers = bench.distillers() if variant.distillers is None else variant.distillers
-            with quiet(), bench.variant(distillers, rivals) as works:
+            with quiet(), _large_enough(), bench.variant(distillers, rivals) as works:
                 parts = measure(works, bench.device, iterations, tick)
             rows.append(Row(bench.name, variant.name or title_of(distillers), distillers, facts, parts))
             del works  # and with them connectors, optimizers and gradients, before the next ones are made
@@ -157,7 +157,8 @@ def measure(
     names = list(works)
     for _ in range(WARMUP):
         for work in works.values():
-            _warm_up(work)
+            with _large_enough():
+                work()
         tick()
     seconds: dict[str, list[float]] = {name: [] for name in names}
     gc.collect()
@@ -175,9 +176,10 @@ def measure(
     return found
 
 
-def _warm_up(work: Work) -> None:
+@contextmanager
+def _large_enough() -> Iterator[None]:
     try:
-        work()
+        yield
     except ValueError as error:
         if 'more than 1 value per channel' not in str(error):
             raise
