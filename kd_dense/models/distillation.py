@@ -16,6 +16,7 @@ from kd_dense.distillation import Distillers, uncompiled
 from kd_dense.distillers.base import Distiller
 from kd_dense.errors import ConfigError, closest
 from kd_dense.execution import EXECUTION_KEYS, Execution
+from kd_dense.models.branches import only_tapped_branch
 from kd_dense.models.build import build_model, build_teacher
 from kd_dense.models.describe import describe, image_normalization, is_segmentor, probe_canvas
 from kd_dense.models.rois import TeacherRoIs
@@ -187,12 +188,14 @@ class Distillation(StudentInside):
             taps, inputs, lambda images: self._run_teacher(images, data_samples, taps), context.image_sizes
         )
 
+    @torch.compiler.disable(recursive=False)
     def _run_teacher(self, images: Tensor, data_samples: list, taps: Taps) -> None:
         model = self.teacher.model
         if all(path.split('.')[0] in ('backbone', 'neck') for path in taps.paths):
             model.extract_feat(images)  # no need of a head even in the first forward, which runs to the end
         else:
-            model(images, data_samples, mode='tensor')
+            with only_tapped_branch(model, taps):
+                model(images, data_samples, mode='tensor')
 
     @torch.compiler.disable
     def context(self, inputs: Tensor, data_samples: list) -> Context:
