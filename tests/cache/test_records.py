@@ -39,6 +39,15 @@ def test_top_k__a_uniform_tail_comes_back_at_every_temperature():
         assert class_kl(student, back, temperature).item() == pytest.approx(expected.item(), rel=2e-3)
 
 
+@pytest.mark.parametrize('temperature', [0.5, 1.0, 4.0])
+def test_top_k__of_all_classes__has_the_temperature_of_the_logits(temperature):
+    """Where nothing is left out and nothing rounded, ``softmax(log p / T)`` is ``softmax(z / T)``."""
+    logits = torch.randn(2, 9, 4, 5, generator=torch.Generator().manual_seed(0)) * 3
+    kept, classes = logits.softmax(1).topk(9, 1)
+    found = (from_top_k(kept, classes, 9) / temperature).softmax(1)
+    assert torch.allclose(found, (logits / temperature).softmax(1), atol=1e-6)
+
+
 def test_many_classes__need_wider_indices():
     assert to_top_k(torch.randn(300, 2, 2), 4)[1].dtype == torch.int16
     kept, classes = to_top_k(torch.eye(300)[299][:, None, None] * 50, 1)

@@ -3,6 +3,7 @@
 import copy
 import gc
 import json
+import re
 import shutil
 import weakref
 from dataclasses import replace
@@ -16,11 +17,12 @@ from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
 
 from kd_dense import ConfigError, Distillation
-from kd_dense.cache import CachedTeacherDataset, fingerprint, use_cache
+from kd_dense.cache import CachedTeacherDataset, ViewBank, fingerprint, use_cache
 from kd_dense.cache.store import StoredCache
 from kd_dense.cache.verify import verify
 from kd_dense.cache.write import write_cache
 from kd_dense.engine.run import train
+from kd_dense.errors import sentence as one_line
 from tests.cache.conftest import OPTIONS, changed, with_cache
 from tests.helpers import tiny
 from tests.tools.conftest import forget_runs
@@ -219,6 +221,22 @@ def test_detection__several_canvases__differ_at_the_borders_only(detection, tmp_
         assert np.allclose(again[name], live[name], rtol=0.02)
 
 
+def test_detection__its_toolbox_and_its_objects_are_part_of_the_fingerprint(detection, scenes, tmp_path):
+    """Crops look at the boxes: where there are others, views are others."""
+    cfg = detection(64, epochs=1)
+    assert {'kd_dense', 'mmengine', 'mmcv', 'mmdet'} <= set(fingerprint.fingerprint(cfg)['versions'])
+    init_default_scope('mmdet')
+    root = Path(shutil.copytree(scenes, tmp_path / 'scenes'))
+    moved = changed(cfg, **{'train_dataloader.dataset.data_root': f'{root}/'}).train_dataloader.dataset
+    before = ViewBank(cfg.train_dataloader.dataset, 1).images()
+    assert ViewBank(moved, 1).images() == before
+    path = root / 'annotations' / 'instances_train.json'
+    content = json.loads(path.read_text())
+    content['annotations'].pop()
+    path.write_text(json.dumps(content))
+    assert ViewBank(moved, 1).images() != before
+
+
 # -- what is no longer as it was ---------------------------------------------------------------------------------------
 
 
@@ -255,10 +273,58 @@ def test_wrong_teacher__one_sentence(cached, tmp_path, monkeypatch):
         start(cfg)
 
 
-def test_other_versions__one_sentence(cached, monkeypatch):
-    monkeypatch.setattr('mmcv.__version__', '0.0.1')
-    with pytest.raises(ConfigError, match=r'was written with mmcv \S+ and 0\.0\.1 is installed'):
+@pytest.mark.parametrize('package', ['kd_dense', 'cv2', 'mmengine', 'mmcv', 'mmseg'])
+def test_other_versions__one_sentence(cached, cache, monkeypatch, package):
+    written = StoredCache.load(cache).manifest.fingerprint['versions']
+    assert set(written) == {'kd_dense', 'torch', 'numpy', 'cv2', 'mmengine', 'mmcv', 'mmseg'}
+    monkeypatch.setattr(f'{package}.__version__', '0.0.1')
+    with pytest.raises(ConfigError, match=rf'was written with {package} \S+ and 0\.0\.1 is installed'):
         start(cached)
+
+
+def test_other_classes__one_sentence(config, cache, tmp_path):
+    folder = Path(shutil.copytree(cache, tmp_path / 'cache'))
+    manifest = json.loads((folder / 'cache.json').read_text())
+    manifest['teacher']['classes'].reverse()
+    (folder / 'cache.json').write_text(json.dumps(manifest))
+    with pytest.raises(ConfigError, match=r'teacher: has the same classes as the student but in another order'):
+        losses(with_cache(config, folder), tmp_path / 'run')
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+def test_damaged_shard__stops_the_training_with_one_sentence(config, cache, tmp_path, workers):
+    folder = Path(shutil.copytree(cache, tmp_path / 'cache'))
+    paths = sorted(folder.glob('*.safetensors'))
+    for path in paths:  # the last record of each: what is looked at before the training is among the others
+        data = bytearray(path.read_bytes())
+        data[-5] ^= 1
+        path.write_bytes(data)
+    cfg = changed(with_cache(config, folder), **{'train_dataloader.num_workers': workers})
+    with pytest.raises(ConfigError) as error, pytest.MonkeyPatch.context() as patch:
+        patch.setattr('kd_dense.cache.verify.replayed_alike', lambda bank, count: {(0, 0): bank.replay(0, 0)})
+        losses(cfg, tmp_path / 'run')
+    assert re.fullmatch(
+        r'teacher\.cache: \S+/shard-0000\d\.safetensors was damaged, record \d+ has another checksum; run '
+        r'tools/cache_teacher\.py CONFIG again, which writes only what is missing or broken',
+        one_line(error.value),
+    )
+    assert not list((tmp_path / 'run').glob('*.pth'))
+    write_cache(config, str(folder), OPTIONS)
+    StoredCache.load(folder)
+    assert all(path.read_bytes() == (Path(cache) / path.name).read_bytes() for path in paths)
+
+
+def test_teacher_in_reduced_precision__may_write_what_is_compared_in_fp32(config, tmp_path):
+    write_cache(changed(config, **{'model.teacher.precision': 'bf16'}), str(tmp_path / 'cache'), OPTIONS)
+    cfg = with_cache(config, tmp_path / 'cache')
+    live, model, loader = start(cfg)
+    data = model.data_preprocessor(next(iter(loader)), True)
+    (cached,) = model.teacher(data['data_samples'], ['logits'])['logits']
+    taps = live.distillers.taps('teacher', live.distillers.methods)
+    run = lambda images: live._run_teacher(images, data['data_samples'], taps)  # noqa: E731
+    (exact,) = live.teacher(taps, data['inputs'], run)['logits']
+    off = (cached.softmax(1) - exact.softmax(1)).abs().max()
+    assert 1e-5 < off < 1e-2
 
 
 def test_other_images__one_sentence(cached, scenes, tmp_path):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from mmengine.dataset import DefaultSampler, InfiniteSampler
-from torch.utils.data import DataLoader, SequentialSampler
+from torch.utils.data import DataLoader, DistributedSampler, SequentialSampler
 
 from kd_dense import ConfigError
 from kd_dense.cache import ViewBank, ViewSampler
@@ -105,6 +105,21 @@ def test_default_sampler__the_epoch_chooses_the_view():
         assert [i % 5 for i in epochs[-1]] == list(plain)
     assert sorted(epochs[0] + epochs[1]) == list(range(10)) and sorted(epochs[2]) == sorted(epochs[0])
     assert len(sampler) == 5
+
+
+def test_distributed_sampler_of_torch__every_view_comes_once_in_as_many_epochs():
+    """As in a training of Ultralytics on several GPUs; four images, so that none is repeated to fill up."""
+    bank, items = ViewBank(Drawing(), views=2), []
+    bank.dataset.__class__ = type('Four', (Drawing,), {'__len__': lambda self: 4})
+    for rank in range(2):
+        plain = DistributedSampler(bank, 2, rank, shuffle=True, seed=3)
+        sampler = ViewSampler(plain, bank)
+        for epoch in range(2):
+            plain.set_epoch(epoch)  # by the loader, which knows of no views
+            drawn = list(sampler)
+            assert [i % 4 for i in drawn] == list(plain)
+            items += drawn
+    assert sorted(items) == list(range(8))
 
 
 def test_sampler_of_torch__goes_through_the_views_and_begins_where_it_is_told_to():

@@ -171,7 +171,10 @@ def test_full_disk__ends_with_a_sentence_and_keeps_the_shards(config, cache, tmp
 
 
 def test_no_room__is_known_before_anything_is_written(config, tmp_path, monkeypatch):
-    with pytest.raises(ConfigError, match=r'would take .* GB are allowed; .* allow more with --max-gb'):
+    size = 16 * 2 * (7 * 12 * 12 + 64 * 2 * 2)  # of the numbers alone
+    with pytest.raises(
+        ConfigError, match=rf'would take {size / 1e9:.3g} GB and 1e-05 GB are allowed; .* allow more with --max-gb'
+    ):
         write_cache(config, str(tmp_path), replace(OPTIONS, max_bytes=10_000))
     usage = namedtuple('usage', 'total used free')
     monkeypatch.setattr('shutil.disk_usage', lambda path: usage(1 << 40, 0, (1 << 30) + 10_000))

@@ -51,10 +51,12 @@ class Toolbox:
         self.teacher = lived_in(build_model(teacher, 'teacher.config'))
         self.plain = self.losses(self.joined())
 
-    def joined(self, **options) -> Distillation:
+    def joined(self, distillers: dict | None = None, **options) -> Distillation:
         torch.manual_seed(2)
         model = Distillation(
-            copy.deepcopy(self.student), dict(config=copy.deepcopy(self.teacher), **options), self.distillers
+            copy.deepcopy(self.student),
+            dict(config=copy.deepcopy(self.teacher), **options),
+            distillers or self.distillers,
         )
         model.progress = 0.0
         return model.train()
@@ -124,6 +126,37 @@ def test_student__keeps_its_checkpoint_and_the_teacher_its_contract(toolbox):
     assert not any(m.training for m in model.teacher.model.modules())
     model.double()
     assert {p.dtype for p in model.teacher.model.parameters()} == {torch.double}
+
+
+@pytest.mark.parametrize(
+    ('options', 'limit'),
+    [
+        (dict(precision='fp32'), 0),
+        (dict(fuse=True, channels_last=True), 1e-4),
+        (dict(precision='bf16'), 0.1),  # 0.05 is allowed of a tap
+        pytest.param(dict(compile=dict(backend='eager')), 0, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_trained_student__is_that_without_the_option(toolbox, options, limit):
+    """What three steps change in its weights differs by no more than the limit, as a share of its length.
+
+    Without the methods that scale each channel to variance 1: of a random teacher some hardly vary.
+    """
+    torch._dynamo.reset()
+    distillers = {name: one for name, one in toolbox.distillers.items() if name not in ('nfd', 'pkd')}
+    moved = []
+    for chosen in ({}, options):
+        model = toolbox.joined(distillers, **chosen)
+        before = {k: v.clone() for k, v in model.student.named_parameters()}
+        wrapper = OptimWrapper(torch.optim.SGD(model.parameters(), lr=1e-5))
+        for step in range(3):
+            torch.manual_seed(step)
+            model.train_step(copy.deepcopy(toolbox.batch), wrapper)
+        moved.append(torch.cat([(v - before[k]).detach().flatten() for k, v in model.student.named_parameters()]))
+    plain, found = moved
+    off = float((found - plain).norm() / plain.norm())
+    assert off == 0 if limit == 0 else 0 < off < limit
 
 
 def test_teacher_taps__are_let_go_before_the_backward(toolbox):
@@ -214,20 +247,23 @@ def flops(function, depth=3) -> dict[str, int]:
 
 
 @pytest.mark.parametrize('fuse', [False, True])
-def test_teacher__computes_nothing_behind_the_deepest_tap(fuse):
-    teacher = build_model(tiny.segmentor(8), 'teacher')
+@pytest.mark.parametrize('kind', ['segmentor', 'GFL', 'FasterRCNN'])
+def test_teacher__computes_nothing_behind_the_deepest_tap(kind, fuse):
+    build = tiny.segmentor if kind == 'segmentor' else lambda width: tiny.detector(kind, width)
+    teacher = build_model(build(8), 'teacher')
     model = Distillation(
-        tiny.segmentor(4), dict(config=teacher, fuse=fuse), {'mimic': dict(type='FeatureMimic', taps='backbone.layer2')}
+        build(4), dict(config=teacher, fuse=fuse), {'mimic': dict(type='FeatureMimic', taps='backbone.layer2')}
     )
     model.progress = 0.0
-    data = model.data_preprocessor(tiny.segmentation_batch(), True)
+    batch = tiny.segmentation_batch() if kind == 'segmentor' else tiny.detection_batch()
+    data = model.data_preprocessor(batch, True)
     taps = model.distillers.taps('teacher', model.distillers.methods)
 
     def step():
         model.teacher(taps, data['inputs'], lambda images: model._run_teacher(images, data['data_samples'], taps))
 
     step()  # the first forward goes to the end, to count
-    whole = flops(lambda: teacher.extract_feat(data['inputs']))
+    whole = flops(lambda: teacher.backbone(data['inputs']), depth=2)
     behind = whole['layer3'] + whole['layer4']
     assert 0 < flops(step)[''] == whole[''] - behind < whole['']
 

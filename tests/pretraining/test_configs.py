@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
+from mmengine.optim import build_optim_wrapper
 from mmengine.registry import init_default_scope
 from torchvision.models import get_model_weights
 
@@ -49,6 +50,25 @@ def test_config(path, monkeypatch):
     image = torch.zeros(100, 120, 3, dtype=torch.uint8).numpy()
     size = int(path.stem.rpartition('x')[2])
     assert TorchvisionTransforms(augmentation.transforms).transform({'img': image})['img'].shape == (size, size, 3)
+
+
+def test_schedule_of_the_paper(monkeypatch):
+    """AdamW, clipping at 5; no weight decay on what has one dimension, nor on the biases of the attention."""
+    stub_cache(monkeypatch)
+    (path,) = (path for path in FILES if 'tinyvit' in path.stem)
+    cfg = load_config(str(path))
+    init_default_scope(cfg.default_scope)
+    model = BackbonePretraining(**{key: value for key, value in cfg.model.items() if key != 'type'})
+    wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
+    assert type(wrapper.optimizer) is torch.optim.AdamW and wrapper.clip_grad_kwargs == dict(max_norm=5.0)
+    decay = {id(p): group['weight_decay'] for group in wrapper.optimizer.param_groups for p in group['params']}
+    for name, parameter in model.named_parameters():
+        spared = parameter.ndim == 1 or name.endswith('attention_biases')
+        assert decay[id(parameter)] == (0.0 if spared else 0.01), name
+    # of 1024 images a step: 2.5e-4, 5e-7 at the begin and 5e-6 at the end for each 512
+    optimizer, (warm_up, cosine) = cfg.optim_wrapper.optimizer, cfg.param_scheduler
+    assert (optimizer.lr, optimizer.lr * warm_up.start_factor, cosine.eta_min) == pytest.approx((5e-4, 1e-6, 1e-5))
+    assert (warm_up.end, cosine.begin, cosine.end, cfg.train_cfg.max_epochs) == (5, 5, 90, 90)
 
 
 @pytest.mark.parametrize('path', FILES, ids=lambda path: path.stem)

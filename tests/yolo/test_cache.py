@@ -1,6 +1,7 @@
 """A teacher cache for YOLO: exact views, the losses of the live teacher, and every mismatch in one sentence."""
 
 import gc
+import json
 import runpy
 import shutil
 from dataclasses import replace
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
+from torch.utils.data import DataLoader
 from ultralytics.data.augment import Albumentations, Mosaic
 from ultralytics.nn.tasks import DetectionModel
 
@@ -111,6 +113,19 @@ def test_views__depend_on_nothing_but_their_seed(config):
         for key in ('img', 'cls', 'bboxes'):
             assert torch.equal(again[key], first[i][key])
     assert len({sample['img'].numpy().tobytes() for sample in first}) == 24
+    source.close()
+
+
+def test_views__are_alike_in_worker_processes(config):
+    source = YoloSource(config, views=2, seed=0)
+    items = [[9, 3], [0, 15], [4]]
+    loader = DataLoader(
+        source.bank, batch_sampler=items, num_workers=2, multiprocessing_context='fork', collate_fn=lambda batch: batch
+    )
+    for batch, numbers in zip(loader, items, strict=True):
+        for found, number in zip(batch, numbers, strict=True):
+            here = source.bank[number]
+            assert all(torch.equal(found[key], here[key]) for key in ('img', 'cls', 'bboxes'))
     source.close()
 
 
@@ -290,6 +305,24 @@ def test_wrong_teacher__one_sentence(cached, tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match=r"at the tap '.*' cached and live outputs differ by .*%"):
         started(cfg, tmp_path)
     started(changed(cached, **{'teacher.checkpoint': 'nowhere.pt'}), tmp_path)  # without a file there is no telling
+
+
+@pytest.mark.parametrize('package', ['kd_dense', 'ultralytics'])
+def test_other_versions__one_sentence(cached, cache, tmp_path, monkeypatch, package):
+    written = StoredCache.load(cache).manifest.fingerprint['versions']
+    assert set(written) == {'kd_dense', 'torch', 'numpy', 'cv2', 'ultralytics'}
+    monkeypatch.setattr(f'{package}.__version__', '0.0.1')
+    with pytest.raises(ConfigError, match=rf'was written with {package} \S+ and 0\.0\.1 is installed'):
+        started(cached, tmp_path)
+
+
+def test_other_classes__one_sentence(cached, cache, tmp_path):
+    folder = Path(shutil.copytree(cache, tmp_path / 'cache'))
+    manifest = json.loads((folder / 'cache.json').read_text())
+    manifest['teacher']['classes'].reverse()
+    (folder / 'cache.json').write_text(json.dumps(manifest))
+    with pytest.raises(ConfigError, match=r'teacher: has the same classes as the student but in another order'):
+        started(changed(cached, **{'teacher.cache': str(folder)}), tmp_path)
 
 
 def test_other_pixels__one_sentence(cached, data, tmp_path):

@@ -1,7 +1,9 @@
 """The options of ``teacher`` about how it is run, in Ultralytics' training."""
 
 import copy
+import gc
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -57,7 +59,7 @@ def teacher(request):
     [
         (dict(fuse=True), 1e-4),
         (dict(channels_last=True), 1e-4),
-        (dict(precision='bf16', tolerance=0.2), 0.1),
+        (dict(precision='bf16', tolerance=0.2), 0.03),
         (dict(precision='fp16'), 0.02),
         pytest.param(dict(compile=dict(backend='eager'), fuse=True), 1e-4, marks=pytest.mark.slow),
     ],
@@ -128,6 +130,52 @@ def test_the_teacher_is_out_of_reach(teacher):
     assert pickle.loads(pickle.dumps(model)).teacher_model is None
     model.double()
     assert {p.dtype for p in model.teacher_model.parameters()} == {torch.double}
+
+
+@pytest.mark.parametrize(
+    ('options', 'limit'),
+    [
+        (dict(precision='fp32'), 0),
+        (dict(fuse=True, channels_last=True), 1e-3),
+        (dict(precision='bf16', tolerance=0.2), 0.03),
+    ],
+    ids=str,
+)
+def test_trained_student_is_that_without_the_option(teacher, options, limit):
+    """What three steps changed in the weights differs by no more than the limit, as a share of its length."""
+    moved = []
+    for chosen in ({}, options):
+        model = join(teacher, **chosen)
+        before = [p.clone() for p in model.student_model.parameters()]
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-5)
+        for step in range(3):
+            optimizer.zero_grad()
+            model.loss(batch_of(seed=step))[0].sum().backward()
+            optimizer.step()
+        pairs = zip(before, model.student_model.parameters(), strict=True)
+        moved.append(torch.cat([(b - a).detach().flatten() for a, b in pairs]))
+    plain, found = moved
+    off = float((found - plain).norm() / plain.norm())
+    assert off == 0 if limit == 0 else 0 < off < limit
+
+
+def test_teacher_taps_are_let_go_before_the_backward(teacher):
+    """Not only the tensors that the distillers were given: the graph of the losses holds none of them either."""
+    model = join(teacher)
+    run, seen = model._teacher, []
+
+    def seeing(*args):
+        values = run(*args)
+        seen.extend(weakref.ref(t) for tensors in values.values() for t in tensors)
+        return values
+
+    seeing.model = run.model
+    model._teacher = seeing
+    parts, _ = model.loss(batch_of())
+    gc.collect()
+    assert len(seen) >= 3 and all(r() is None for r in seen)
+    parts.sum().backward()
+    assert all(p.grad is not None for p in model.distillers.parameters())
 
 
 def test_detector_of_mmdetection_as_teacher():
