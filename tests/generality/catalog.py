@@ -35,6 +35,7 @@ class Model:
         init: see :func:`tests.generality.shrink.one_step`.
         masks: give the objects masks.
         sample: part of the quick sweep.
+        package: what the toolbox wants to be installed for the training of this model, as it is imported.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Model:
     init: bool = False
     masks: bool = True
     sample: bool = False
+    package: str = ''
 
 
 def _base(name: str, config: str, no_logits: str = '', **arguments) -> Model:
@@ -167,7 +169,7 @@ DETECTORS = (
     Model('MaskScoringRCNN', 'ms_rcnn/ms-rcnn_r50_fpn_1x_coco.py', TWO_STAGE),
     Model('NASFCOSHead', 'nas_fcos/nas-fcos_r50-caffe_fpn_nashead-gn-head_4xb4-1x_coco.py'),
     Model('RetinaSepBNHead', 'nas_fpn/retinanet_r50_nasfpn_crop640-50e_coco.py'),
-    Model('PAAHead', 'paa/paa_r50_fpn_1x_coco.py', **_GN),
+    Model('PAAHead', 'paa/paa_r50_fpn_1x_coco.py', package='sklearn', **_GN),
     Model('PAFPN', 'pafpn/faster-rcnn_r50_pafpn_1x_coco.py', TWO_STAGE),
     Model('PanopticFPN', 'panoptic_fpn/panoptic-fpn_r50_fpn_1x_coco.py', TWO_STAGE),
     Model('PISARetinaHead', 'pisa/retinanet-r50_fpn_pisa_1x_coco.py'),
@@ -283,7 +285,8 @@ def page() -> str:
         '',
         *_table(DETECTORS),
         '',
-        'mmcv has no CPU kernel for the masked convolution of `GARetinaHead` (`masked_im2col`).',
+        'mmcv has no CPU kernel for the masked convolution of `GARetinaHead` (`masked_im2col`). `PAAHead` fits',
+        'mixtures by scikit-learn, which has to be installed for it.',
         '',
         'These families also take steps with features of the neck and the methods for their heads together, on images',
         'of several sizes one after another, of mixed aspect ratio in one batch, and without any object:',

@@ -20,6 +20,8 @@ def parameters(models: tuple[Model, ...]) -> list:
 
 def sweep(toolbox: str, entry: Model) -> None:
     """One step with ``FeatureMimic``, and one with ``LogitKD`` or the sentence with which it refuses."""
+    if entry.package:
+        pytest.importorskip(entry.package, reason=f'{toolbox} needs {entry.package} to train {entry.name}')
     config = read(toolbox, entry.config, entry.size)
     student, teacher = (_narrowed(config, factor, entry) for factor in entry.factors)
     batch = _batch(toolbox, config, entry)
