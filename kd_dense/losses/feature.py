@@ -82,7 +82,7 @@ def _standardized(
 ) -> tuple[Tensor, Tensor]:
     """``(x - mean) / sqrt(var + eps)`` over ``dims``, a new tensor and 0 outside the mask, and the root.
 
-    Sums in place of ``var_mean`` and ``instance_norm``, which take ten times as long on a CPU.
+    Sums in place of ``var_mean`` and ``instance_norm``, which take several times as long on a CPU.
     """
     if mask is None:
         x = x - x.sum(dims, keepdim=True) / count
