@@ -142,8 +142,10 @@ def test_main_region_and_sum_are_those_of_mmdets_own_head():
     """``LDHead`` of MMDetection, which has the main region only, on the same predictions; 0.25 is its loss weight."""
     from mmdet.models.dense_heads import LDHead
     from mmengine.config import ConfigDict
+    from mmengine.registry import init_default_scope
     from mmengine.structures import InstanceData
 
+    init_default_scope('mmdet')
     strides, sizes = [8, 16, 32], [(12, 16), (6, 8), (3, 4)]
     head = LDHead(
         CLASSES,
