@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NoReturn
 
 from mmengine.config import Config
@@ -112,13 +113,19 @@ def train(
     if not distill and settings.teacher and settings.teacher['cache']:
         trainer_type = _on_views_of(trainer_type, settings.teacher['cache'])
     observer = _Observer()
-    with locked(folder, launcher), as_sentences(folder):
-        if is_first_process(launcher):
+    first = is_first_process(launcher)
+    with (
+        locked(folder, launcher),
+        as_sentences(folder),
+        nullcontext(folder) if first else TemporaryDirectory() as place,
+    ):
+        if first:
             remove_leftovers(folder)
             remove_leftovers(folder / 'weights')
         if distill or settings.adaptation is not None:
             # The config as it is used, overrides included: read again on resume, and by every process of several GPUs.
-            arguments['distill_model'] = str(folder / f'{name}.py')
+            # Of those of a launcher each has its own: the first one tidies up the folder while the others begin.
+            arguments['distill_model'] = str(Path(place) / f'{name}.py')
             with atomic_write(arguments['distill_model']) as file:
                 file.write(source.dump().encode())
         last = _checkpoint_to_resume(resume, folder)

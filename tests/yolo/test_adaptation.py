@@ -956,6 +956,8 @@ def test_two_processes(write_adaptation, tmp_path, save):
     assert done.returncode == 0, done.stderr[-3000:]
     first, second = (torch.load(folder / f'end_{rank}.pth') for rank in (0, 1))
     assert (first['record'], second['record']) == (True, False)
+    # what belongs to the run is written by the first process alone
+    assert first['config'] == (str(folder), True) and second['config'] != first['config'] and not second['config'][1]
     for one in (first, second):
         assert one['wrapper'] == 'DistributedDataParallel' and one['parameters'] == sum(
             p.numel() for p in build('yolo11').parameters()

@@ -72,6 +72,7 @@ def main(config: str, folder: str) -> None:
         if name == 'on_train_start':
             found.update(begin=copied(self.joined.mean_teacher.model), wrapper=type(self.model).__bases__[0].__name__)
             found['parameters'] = sum(p.numel() for p in self.model.parameters())
+            found['config'] = Path(self.args.distill_model)
         if name == 'on_fit_epoch_end' and hasattr(self, 'ema'):
             found['average'] = copied(self.ema.ema.student_model)
 
@@ -82,6 +83,7 @@ def main(config: str, folder: str) -> None:
     ):
         record = kd_dense.yolo.train(config, folder, launcher='pytorch')
     found['record'] = record is not None
+    found['config'] = str(found['config'].parent), found['config'].exists()
     torch.save(found, Path(folder) / f'end_{RANK}.pth')
     dist.destroy_process_group()
 
