@@ -1,4 +1,5 @@
-# Instance segmentation of generated scenes on a CPU: correlation of the features of the neck. No score is measured yet.
+# Instance segmentation of generated scenes on a CPU: correlation of the features of the neck. Numbers:
+# docs/results.md.
 #
 #   python tools/make_scenes.py --out work_dirs/scenes --train 800 --val 100 --difficulty 0
 #   python tools/train.py configs/detection/scenes/mask-rcnn_r18-w32_8e_scenes.py
