@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from kd_dense.errors import ConfigError, closest
+from kd_dense.errors import ConfigError, cause, closest
 
 
 def or_uncompiled(options: Mapping[str, Any], say: Callable[[str], object]) -> dict[str, Any]:
@@ -48,8 +48,10 @@ def or_uncompiled(options: Mapping[str, Any], say: Callable[[str], object]) -> d
                 return backend(graph, inputs, **arguments)
             except Exception as error:  # of many types: code generation, a C++ compiler that is not there
                 failed = True
-                reason = f'{type(error).__name__}: {(str(error).strip().splitlines() or [""])[0]}'
-                say(f'compile: torch.compile fails ({reason}), so nothing more is compiled, and the training goes on')
+                say(
+                    f'compile: torch.compile fails ({cause(error)}), so nothing more is compiled, and the training '
+                    'goes on'
+                )
         return graph.forward
 
     return {**options, 'backend': compiled}

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from kd_dense.taps import replaced_forward
+
 
 class CompiledParts:
     """The parts of a model between its taps, compiled one by one.
@@ -31,8 +33,7 @@ class CompiledParts:
         """Inside, the model runs what was compiled."""
         with ExitStack() as stack:
             for part, forward in zip(self.parts, self._forwards, strict=True):
-                part.__dict__['forward'] = forward
-                stack.callback(part.__dict__.pop, 'forward')
+                stack.enter_context(replaced_forward(part, forward))
             yield
 
 

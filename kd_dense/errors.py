@@ -49,6 +49,11 @@ def sentence(error: Exception) -> str:
     return ' '.join(text.split())
 
 
+def cause(error: Exception) -> str:
+    """Type and first line of an error of another library, to stand in a sentence of ours."""
+    return f'{type(error).__name__}: {(str(error).strip().splitlines() or [""])[0]}'
+
+
 def exit_with_sentence(main: Callable) -> Callable:
     """Decorator for the ``main`` of a tool: our own errors end it with ``error: ...`` on stderr and exit code 2.
 

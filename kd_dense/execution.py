@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from kd_dense.compiled_parts import CompiledParts
-from kd_dense.errors import ConfigError, DistillationError, closest
+from kd_dense.errors import ConfigError, DistillationError, cause, closest
 from kd_dense.folding import Watch
 from kd_dense.random_state import preserve_random_state
 from kd_dense.taps import Taps
@@ -260,9 +260,9 @@ class Executor:
                     raise
                 except Exception as error:  # of many types: tracing, code generation, a C++ compiler that is not there
                     self._compiled = None
-                    reason = f'{type(error).__name__}: {(str(error).strip().splitlines() or [""])[0]}'
                     self.log(
-                        f'teacher.compile: torch.compile fails ({reason}), so the teacher runs without it from here on'
+                        f'teacher.compile: torch.compile fails ({cause(error)}), so the teacher runs without it from '
+                        'here on'
                     )
             return _through(taps, images, forward)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from kd_dense.taps import Taps
+from kd_dense.taps import Taps, replaced_forward
 
 #: Output that is wanted alone -> the convolutions that it does not need.
 _IDLE = {('0',): 'reg_convs', ('1',): 'cls_convs'}
@@ -23,9 +23,7 @@ def only_tapped_branch(model: nn.Module, taps: Taps) -> Iterator[None]:
     """
     with ExitStack() as stack:
         for layer in _idle(model, taps):
-            before = layer.__dict__.get('forward')
-            layer.__dict__['forward'] = _hand_on
-            stack.callback(_put_back, layer, before)
+            stack.enter_context(replaced_forward(layer, _hand_on))
         yield
 
 
@@ -52,10 +50,3 @@ def _has_independent_branches(head: nn.Module) -> bool:
 
 def _hand_on(x: Any) -> Any:
     return x
-
-
-def _put_back(layer: nn.Module, before: Any) -> None:
-    if before is None:
-        del layer.__dict__['forward']
-    else:
-        layer.__dict__['forward'] = before

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +10,7 @@ from ultralytics.nn.modules.head import OBB, Detect, RTDETRDecoder
 
 from kd_dense.description import Boxes, Description, Logits
 from kd_dense.errors import ConfigError
-from kd_dense.taps import Taps
+from kd_dense.taps import Taps, replaced_forward
 from kd_dense.teacher import Normalization
 
 
@@ -142,7 +141,7 @@ def forward_for(model: nn.Module, taps: Taps) -> Callable[[Tensor], None]:
             branch(features[level])
 
     def forward(images: Tensor) -> None:
-        with _replaced_forward(head, only_tapped_branches):
+        with replaced_forward(head, only_tapped_branches):
             model(images)
 
     return forward
@@ -162,16 +161,3 @@ def _branches(head: nn.Module, paths: list[str]) -> list[tuple[nn.Module, int]] 
             return None
         found[f'{name}.{level}'] = branch[int(level)], int(level)
     return list(found.values())
-
-
-@contextmanager
-def _replaced_forward(module: nn.Module, forward: Callable) -> Iterator[None]:
-    before = module.__dict__.get('forward')
-    module.__dict__['forward'] = forward
-    try:
-        yield
-    finally:
-        if before is None:
-            del module.__dict__['forward']
-        else:
-            module.__dict__['forward'] = before

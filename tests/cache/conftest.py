@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -73,3 +75,12 @@ def changed(config: Config, **changes: object) -> Config:
 
 def with_cache(config: Config, folder: str | Path) -> Config:
     return changed(config, **{'model.teacher.cache': str(folder)})
+
+
+def with_other_classes(cache: str | Path, folder: Path) -> Path:
+    """A copy of a cache whose teacher has the same classes in another order."""
+    shutil.copytree(cache, folder)
+    manifest = json.loads((folder / 'cache.json').read_text())
+    manifest['teacher']['classes'].reverse()
+    (folder / 'cache.json').write_text(json.dumps(manifest))
+    return folder

@@ -23,7 +23,7 @@ from kd_dense.cache.verify import verify
 from kd_dense.cache.write import write_cache
 from kd_dense.engine.run import train
 from kd_dense.errors import sentence as one_line
-from tests.cache.conftest import OPTIONS, changed, with_cache
+from tests.cache.conftest import OPTIONS, changed, with_cache, with_other_classes
 from tests.helpers import tiny
 from tests.tools.conftest import forget_runs
 
@@ -283,10 +283,7 @@ def test_other_versions__one_sentence(cached, cache, monkeypatch, package):
 
 
 def test_other_classes__one_sentence(config, cache, tmp_path):
-    folder = Path(shutil.copytree(cache, tmp_path / 'cache'))
-    manifest = json.loads((folder / 'cache.json').read_text())
-    manifest['teacher']['classes'].reverse()
-    (folder / 'cache.json').write_text(json.dumps(manifest))
+    folder = with_other_classes(cache, tmp_path / 'cache')
     with pytest.raises(ConfigError, match=r'teacher: has the same classes as the student but in another order'):
         losses(with_cache(config, folder), tmp_path / 'run')
 

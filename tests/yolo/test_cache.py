@@ -1,7 +1,6 @@
 """A teacher cache for YOLO: exact views, the losses of the live teacher, and every mismatch in one sentence."""
 
 import gc
-import json
 import runpy
 import shutil
 from dataclasses import replace
@@ -27,6 +26,7 @@ from kd_dense.yolo.config import read
 from kd_dense.yolo.run import _arguments, _on_views_of, train
 from kd_dense.yolo.trainer import DistillationTrainer, StudentTrainer
 from kd_dense.yolo.views import YoloViews, _all_transforms
+from tests.cache.conftest import with_other_classes
 from tests.cache.test_write import Killed, check_goes_on, contents, dies_in
 from tests.yolo.helpers import CLASSES, FAST, build, save_model, write_data
 
@@ -317,10 +317,7 @@ def test_other_versions__one_sentence(cached, cache, tmp_path, monkeypatch, pack
 
 
 def test_other_classes__one_sentence(cached, cache, tmp_path):
-    folder = Path(shutil.copytree(cache, tmp_path / 'cache'))
-    manifest = json.loads((folder / 'cache.json').read_text())
-    manifest['teacher']['classes'].reverse()
-    (folder / 'cache.json').write_text(json.dumps(manifest))
+    folder = with_other_classes(cache, tmp_path / 'cache')
     with pytest.raises(ConfigError, match=r'teacher: has the same classes as the student but in another order'):
         started(changed(cached, **{'teacher.cache': str(folder)}), tmp_path)
 
